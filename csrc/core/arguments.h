@@ -1,0 +1,49 @@
+// arguments.h: the pointers of one call. Null means absent. All buffers are dense and in the memory order of x.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace normkern {
+
+// A per-group or per-channel vector whose dtype is chosen at run time: parameters need not have the input's dtype.
+struct Param {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+struct Grad {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+// y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
+struct ForwardArgs {
+  const void* x = nullptr;         // [numel]
+  Param weight, bias;              // [affine.groups()]
+  const void* residual = nullptr;  // [numel]
+  Param mean, var;                 // [stats.groups()], read only where moments are given
+  void* y = nullptr;               // [numel]
+  double* mean_out = nullptr;      // [stats.groups()], mean_var only
+  double* var_out = nullptr;       // [stats.groups()], biased variance, or the second moment
+};
+
+struct BackwardArgs {
+  const void* dy = nullptr;        // [numel]
+  const void* x = nullptr;         // [numel]
+  Param weight, bias;              // [affine.groups()]; bias and residual only matter under an activation
+  const void* residual = nullptr;  // [numel]
+  Param mean, var;                 // [stats.groups()], what forward wrote or was given
+  void* dx = nullptr;              // [numel]
+  Grad dweight, dbias;             // [affine.groups()]
+  void* dresidual = nullptr;       // [numel]
+};
+
+struct MomentsArgs {
+  const void* x = nullptr;     // [numel]
+  double* mean_out = nullptr;  // [stats.groups()], null for Moments::second
+  double* var_out = nullptr;   // [stats.groups()]
+};
+
+}  // namespace normkern

@@ -1,0 +1,22 @@
+// entry.h: the CPU kernels as the rest of the project sees them. No torch here; threads are lent by the caller.
+#pragma once
+
+#include "../core/arguments.h"
+
+namespace normkern::cpu {
+
+// Runs task(state, i) for every i in [0, tasks), in parallel, and returns when all are done. Tasks do not throw.
+struct Threads {
+  int64_t count = 1;
+  void (*run)(int64_t tasks, void (*task)(void* state, int64_t index), void* state) = nullptr;
+};
+
+// The same bits for the same problem and thread count.
+void forward(const Problem& p, const ForwardArgs& a, const Threads& threads);
+void backward(const Problem& p, const BackwardArgs& a, const Threads& threads);
+void moments(const Problem& p, const MomentsArgs& a, const Threads& threads);
+
+// "baseline", "avx2" or "avx512" (x86-64), "neon" (aarch64): chosen at load, or by NORMKERN_CPU.
+const char* instruction_set();
+
+}  // namespace normkern::cpu

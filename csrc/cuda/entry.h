@@ -1,0 +1,17 @@
+// entry.h: the CUDA kernels as the rest of the project sees them: raw pointers, a Problem, a Plan and a stream.
+//
+// Every function launches on `stream`, allocates nothing, never waits for the device and returns a cudaError_t
+// (as an int: the emulated build has no CUDA runtime). `workspace` holds plan.workspace_bytes, 256-byte aligned,
+// with any content.
+#pragma once
+
+#include "../core/arguments.h"
+#include "../core/plan.h"
+
+namespace normkern::cuda {
+
+int forward(const Problem& p, const Plan& plan, const ForwardArgs& a, void* workspace, void* stream);
+int backward(const Problem& p, const Plan& plan, const BackwardArgs& a, void* workspace, void* stream);
+int moments(const Problem& p, const Plan& plan, const MomentsArgs& a, void* workspace, void* stream);
+
+}  // namespace normkern::cuda
