@@ -1,0 +1,41 @@
+// ops_cpu.cpp: the schemas of torch.ops.normkern, and its operators on the CPU.
+#include <torch/csrc/stable/ops.h>
+
+#include "../cpu/entry.h"
+#include "tensor.h"
+
+namespace normkern::bind {
+namespace {
+
+// Kernels borrow torch's own pool, so torch.set_num_threads holds and two pools never compete.
+void run_on_torch_threads(int64_t tasks, void (*task)(void* state, int64_t index), void* state) {
+  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(state, i);
+  });
+}
+
+struct Cpu {
+  static cpu::Threads threads() { return {int64_t(torch::stable::get_num_threads()), run_on_torch_threads}; }
+  static void run(const Problem& p, const ForwardArgs& a, const Tensor&) { cpu::forward(p, a, threads()); }
+  static void run(const Problem& p, const BackwardArgs& a, const Tensor&) { cpu::backward(p, a, threads()); }
+  static void run(const Problem& p, const MomentsArgs& a, const Tensor&) { cpu::moments(p, a, threads()); }
+};
+
+}  // namespace
+}  // namespace normkern::bind
+
+// stats and affine are [batch, rows, keep, cols]; moments and act are the values of the enums in core/problem.h.
+// What was not asked for comes back as a tensor of size 0.
+STABLE_TORCH_LIBRARY(normkern, library) {
+  library.def(
+      "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, "
+      "SymInt[] stats, SymInt[] affine, int moments, int act, float eps, bool save) "
+      "-> (Tensor y, Tensor mean, Tensor var)");
+  library.def(
+      "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, "
+      "SymInt[] stats, SymInt[] affine, int moments, int act, float eps, int needs) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
+  library.def("moments(Tensor x, SymInt[] stats, int moments) -> (Tensor mean, Tensor var)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(normkern, CPU, library) { normkern::bind::implement<normkern::bind::Cpu>(library); }

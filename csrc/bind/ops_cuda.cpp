@@ -1,0 +1,98 @@
+// ops_cuda.cpp: the operators of torch.ops.normkern on CUDA: plan, allocate the workspace, launch, check.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "../cuda/entry.h"
+#include "torch_cuda.h"
+
+namespace normkern::bind {
+namespace {
+
+void check(int error, const char* doing) {
+  STD_TORCH_CHECK(error == cudaSuccess, "normkern: ", doing, ": ", cudaGetErrorString(cudaError_t(error)));
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cannot read the device's attributes");
+  return value;
+}
+
+Gpu describe(int device) {
+  Gpu gpu;
+  gpu.sms = attribute(cudaDevAttrMultiProcessorCount, device);
+  gpu.smem_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  gpu.smem_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  gpu.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
+  gpu.max_cluster = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 ? 8 : 1;  // 8 is portable
+  return gpu;
+}
+
+const Gpu& gpu_of(int device) {
+  static const std::vector<Gpu> gpus = [] {
+    int count = 0;
+    check(cudaGetDeviceCount(&count), "cannot count the devices");
+    std::vector<Gpu> all;
+    for (int i = 0; i < count; ++i) all.push_back(describe(i));
+    return all;
+  }();
+  return gpus.at(device);
+}
+
+// Tests send every problem through every strategy with NORMKERN_STRATEGY.
+Strategy requested_strategy() {
+  const char* name = std::getenv("NORMKERN_STRATEGY");
+  if (!name || !*name) return Strategy::automatic;
+  if (!std::strcmp(name, "warp")) return Strategy::warp;
+  if (!std::strcmp(name, "block")) return Strategy::block;
+  STD_TORCH_CHECK(!std::strcmp(name, "split"), "normkern: NORMKERN_STRATEGY must be warp, block or split; got ", name);
+  return Strategy::split;
+}
+
+bool aligned(std::initializer_list<const void*> buffers) {
+  for (const void* buffer : buffers)
+    if (reinterpret_cast<uintptr_t>(buffer) % 16 != 0) return false;
+  return true;
+}
+
+Request request_of(const ForwardArgs& a) {
+  return {Pass::forward, aligned({a.x, a.residual, a.y}), false, requested_strategy()};
+}
+
+Request request_of(const BackwardArgs& a) {
+  return {Pass::backward, aligned({a.dy, a.x, a.residual, a.dx, a.dresidual}), a.dweight.data || a.dbias.data,
+          requested_strategy()};
+}
+
+Request request_of(const MomentsArgs& a) { return {Pass::moments, aligned({a.x}), false, requested_strategy()}; }
+
+struct Cuda {
+  template <class Args>
+  static void run(const Problem& p, const Args& a, const Tensor& x) {
+    const int device = x.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const Plan plan = make_plan(p, request_of(a), gpu_of(device));
+    // From torch's caching allocator: it may be handed out again at once, but only to later work on this stream.
+    const Tensor workspace = new_vector(x, plan.workspace_bytes, aoti_torch_dtype_uint8());
+    check(launch(p, plan, a, data_or_null(workspace), current_cuda_stream(device)), "launch failed");
+  }
+
+  static int launch(const Problem& p, const Plan& plan, const ForwardArgs& a, void* workspace, void* stream) {
+    return cuda::forward(p, plan, a, workspace, stream);
+  }
+  static int launch(const Problem& p, const Plan& plan, const BackwardArgs& a, void* workspace, void* stream) {
+    return cuda::backward(p, plan, a, workspace, stream);
+  }
+  static int launch(const Problem& p, const Plan& plan, const MomentsArgs& a, void* workspace, void* stream) {
+    return cuda::moments(p, plan, a, workspace, stream);
+  }
+};
+
+}  // namespace
+}  // namespace normkern::bind
+
+STABLE_TORCH_LIBRARY_IMPL(normkern, CUDA, library) { normkern::bind::implement<normkern::bind::Cuda>(library); }

@@ -1,0 +1,224 @@
+// tensor.h: torch tensors to a Problem and raw pointers, and the three operators written once for every device.
+//
+// Only libtorch's stable ABI is in reach: the build sets TORCH_TARGET_VERSION, and any other torch header is then a
+// compile error. Users' mistakes are answered in Python; the checks here keep memory safe when an operator is called
+// directly. A device supplies static `run(problem, args, x)` for each of the three argument structs.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../core/arguments.h"
+
+namespace normkern::bind {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Extents = std::vector<int64_t>;  // batch, rows, keep, cols
+
+// Bits of backward's `needs`.
+enum Needs : int64_t { kNeedDx = 1, kNeedDweight = 2, kNeedDbias = 4, kNeedDresidual = 8 };
+
+inline int32_t torch_dtype(const Tensor& t) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  const int32_t dtype = torch_dtype(t);
+  if (dtype == aoti_torch_dtype_float32()) return DType::f32;
+  if (dtype == aoti_torch_dtype_float16()) return DType::f16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return DType::bf16;
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float64(), "normkern: ", name,
+                  " must be float64, float32, float16 or bfloat16; got dtype code ", dtype);
+  return DType::f64;
+}
+
+// Allocation goes through the C shim: torch::stable::empty_like and new_empty look their operator up by name and call
+// it boxed, about 1 us each.
+inline Tensor new_strided(const Tensor& device_of, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                          int32_t dtype) {
+  int32_t device = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(device_of.get(), &index));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device, index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_vector(const Tensor& device_of, int64_t count, int32_t dtype) {
+  const int64_t stride = 1;
+  return new_strided(device_of, 1, &count, &stride, dtype);
+}
+
+// Same sizes, strides and dtype as x, or nothing at all.
+inline Tensor new_like(const Tensor& x, bool wanted = true) {
+  if (!wanted) return new_vector(x, 0, torch_dtype(x));
+  return new_strided(x, x.dim(), x.sizes().data(), x.strides().data(), torch_dtype(x));
+}
+
+inline void* data_or_null(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
+
+// The four extents must multiply to numel; dividing instead of multiplying cannot overflow.
+inline Domain domain_of(const Extents& extents, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(extents.size() == 4, "normkern: ", name, " must hold batch, rows, keep and cols; got ",
+                  extents.size(), " extents");
+  int64_t left = numel;
+  for (const int64_t extent : extents) {
+    STD_TORCH_CHECK(extent > 0 && left % extent == 0, "normkern: the extents of ", name, " must multiply to ", numel,
+                    "; got an extent of ", extent);
+    left /= extent;
+  }
+  STD_TORCH_CHECK(left == 1, "normkern: the extents of ", name, " must multiply to ", numel);
+  return {extents[0], extents[1], extents[2], extents[3]};
+}
+
+// Every element of x lies in [data, data + numel): kernels walk that range in memory order.
+inline void check_dense(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t span = 1;
+  for (size_t i = 0; i < sizes.size(); ++i) span += (sizes[i] - 1) * strides[i];
+  STD_TORCH_CHECK(x.numel() > 0 && span == x.numel(), "normkern: x must be dense and not empty; got ", x.numel(),
+                  " elements over a span of ", span);
+}
+
+inline void check_same_device(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), "normkern: ", name,
+                  " must be on x's device");
+}
+
+// t lists the same elements as x in the same memory order. The stride of an extent of 1 says nothing.
+inline const void* same_buffer(const Tensor& t, const Tensor& x, const char* name) {
+  check_same_device(t, x, name);
+  bool same = t.dim() == x.dim() && torch_dtype(t) == torch_dtype(x);
+  for (int64_t i = 0; same && i < x.dim(); ++i) {
+    same = t.size(i) == x.size(i) && (x.size(i) == 1 || t.stride(i) == x.stride(i));
+  }
+  STD_TORCH_CHECK(same, "normkern: ", name, " must have x's sizes, strides and dtype");
+  return t.const_data_ptr();
+}
+
+inline const void* same_buffer(const OptionalTensor& t, const Tensor& x, const char* name) {
+  return t ? same_buffer(*t, x, name) : nullptr;
+}
+
+inline Param param_of(const OptionalTensor& t, const Tensor& x, int64_t count, const char* name) {
+  if (!t) return {};
+  check_same_device(*t, x, name);
+  STD_TORCH_CHECK(t->numel() == count && t->is_contiguous(), "normkern: ", name, " must be contiguous with ", count,
+                  " elements; got ", t->numel());
+  return {t->const_data_ptr(), dtype_of(*t, name)};
+}
+
+inline Problem problem_of(const Tensor& x, const Extents& stats, const Extents& affine, int64_t moments, int64_t act,
+                          double eps) {
+  STD_TORCH_CHECK(moments >= 0 && moments <= int64_t(Moments::given), "normkern: moments must be 0 to 2; got ",
+                  moments);
+  STD_TORCH_CHECK(act >= 0 && act <= int64_t(Act::leaky_relu), "normkern: act must be 0 to 4; got ", act);
+  check_dense(x);
+  const int64_t numel = x.numel();
+  return {domain_of(stats, numel, "stats"),
+          domain_of(affine, numel, "affine"),
+          Moments(moments),
+          Act(act),
+          dtype_of(x, "x"),
+          eps};
+}
+
+// What moments and forward write: float64, one element a statistics group. A second moment has no mean.
+struct SavedMoments {
+  Tensor mean, var;
+
+  SavedMoments(const Tensor& x, const Problem& p, bool save)
+      : mean(new_vector(x, save && p.moments == Moments::mean_var ? p.stats.groups() : 0, aoti_torch_dtype_float64())),
+        var(new_vector(x, save && p.moments != Moments::given ? p.stats.groups() : 0, aoti_torch_dtype_float64())) {}
+};
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                           const OptionalTensor& residual, const OptionalTensor& mean,
+                                           const OptionalTensor& var, const Extents& stats, const Extents& affine,
+                                           int64_t moments, int64_t act, double eps, bool save) {
+  const Problem p = problem_of(x, stats, affine, moments, act, eps);
+  const bool given = p.moments == Moments::given;
+  STD_TORCH_CHECK(!given || (mean && var), "normkern: given moments need mean and var");
+
+  const Tensor y = new_like(x);
+  const SavedMoments saved(x, p, save);
+  ForwardArgs a;
+  a.x = x.const_data_ptr();
+  a.weight = param_of(weight, x, p.affine.groups(), "weight");
+  a.bias = param_of(bias, x, p.affine.groups(), "bias");
+  a.residual = same_buffer(residual, x, "residual");
+  if (given) {
+    a.mean = param_of(mean, x, p.stats.groups(), "mean");
+    a.var = param_of(var, x, p.stats.groups(), "var");
+  }
+  a.y = y.mutable_data_ptr();
+  a.mean_out = static_cast<double*>(data_or_null(saved.mean));
+  a.var_out = static_cast<double*>(data_or_null(saved.var));
+  Device::run(p, a, x);
+  return {y, saved.mean, saved.var};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, const OptionalTensor& residual,
+                                                    const OptionalTensor& mean, const OptionalTensor& var,
+                                                    const Extents& stats, const Extents& affine, int64_t moments,
+                                                    int64_t act, double eps, int64_t needs) {
+  const Problem p = problem_of(x, stats, affine, moments, act, eps);
+  STD_TORCH_CHECK(var && (mean || p.moments == Moments::second), "normkern: backward needs the moments of forward");
+
+  // A gradient has its parameter's dtype; without the parameter there is none to ask for.
+  const auto parameter_gradient = [&](const OptionalTensor& of, int64_t bit, const char* name) {
+    STD_TORCH_CHECK(!(needs & bit) || of, "normkern: the gradient of an absent ", name, " was asked for");
+    return new_vector(x, needs & bit ? p.affine.groups() : 0, torch_dtype(of ? *of : x));
+  };
+  const Tensor dx = new_like(x, needs & kNeedDx), dresidual = new_like(x, needs & kNeedDresidual);
+  const Tensor dweight = parameter_gradient(weight, kNeedDweight, "weight");
+  const Tensor dbias = parameter_gradient(bias, kNeedDbias, "bias");
+
+  BackwardArgs a;
+  a.dy = same_buffer(dy, x, "dy");
+  a.x = x.const_data_ptr();
+  a.weight = param_of(weight, x, p.affine.groups(), "weight");
+  a.bias = param_of(bias, x, p.affine.groups(), "bias");
+  a.residual = same_buffer(residual, x, "residual");
+  a.mean = param_of(p.moments == Moments::second ? std::nullopt : mean, x, p.stats.groups(), "mean");
+  a.var = param_of(var, x, p.stats.groups(), "var");
+  a.dx = data_or_null(dx);
+  a.dweight = {data_or_null(dweight), dtype_of(dweight, "weight")};
+  a.dbias = {data_or_null(dbias), dtype_of(dbias, "bias")};
+  a.dresidual = data_or_null(dresidual);
+  if (needs) Device::run(p, a, x);
+  return {dx, dweight, dbias, dresidual};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> moments(const Tensor& x, const Extents& stats, int64_t moments) {
+  const Problem p = problem_of(x, stats, stats, moments, int64_t(Act::none), 0);
+  STD_TORCH_CHECK(p.moments != Moments::given, "normkern: given moments are not computed");
+  const SavedMoments saved(x, p, true);
+  MomentsArgs a;
+  a.x = x.const_data_ptr();
+  a.mean_out = static_cast<double*>(data_or_null(saved.mean));
+  a.var_out = static_cast<double*>(data_or_null(saved.var));
+  Device::run(p, a, x);
+  return {saved.mean, saved.var};
+}
+
+template <class Device>
+void implement(torch::stable::detail::StableLibrary& library) {
+  library.impl("forward", TORCH_BOX(&forward<Device>));
+  library.impl("backward", TORCH_BOX(&backward<Device>));
+  library.impl("moments", TORCH_BOX(&moments<Device>));
+}
+
+}  // namespace normkern::bind
