@@ -6,7 +6,7 @@ import math
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -88,7 +88,7 @@ class Case:
     def dense(self) -> bool:
         return self.layout in DENSE_LAYOUTS
 
-    # The next four know what the norm means in logical dimensions, and nothing of memory: the oracle's half of the truth.
+    # The next four know what the norm means in logical dimensions, and nothing of memory.
     def grouped(self, x: Tensor) -> Tensor:
         """[groups, count]: a row for every set of elements that share moments."""
         n, c = self.shape[:2]
@@ -113,7 +113,7 @@ class Case:
     def unbroadcast(self, t: Tensor) -> Tensor:
         """The sum of t over all elements that share a parameter."""
         dims = range(t.dim() - self.dims) if self.norm in ("layer", "rms") else [d for d in range(t.dim()) if d != 1]
-        return t.sum(tuple(dims))
+        return t.sum(tuple(dims)) if dims else t  # torch reads "no dimension" as "all"
 
 
 @dataclass
@@ -357,31 +357,60 @@ def table() -> list[Case]:
             params, param_dtype = row["params"]
             cases.append(
                 Case(
-                    norm, shape, layout=row["layout"], dtype=row["dtype"], params=params, param_dtype=param_dtype if params else None,
-                    act=row["act"], residual=row["residual"], training=training, running=running, data=row["data"], eps=row["eps"], **options,
+                    norm,
+                    shape,
+                    layout=row["layout"],
+                    dtype=row["dtype"],
+                    params=params,
+                    param_dtype=param_dtype if params else None,
+                    act=row["act"],
+                    residual=row["residual"],
+                    training=training,
+                    running=running,
+                    data=row["data"],
+                    eps=row["eps"],
+                    **options,
                 )
-            )  # fmt: skip
-    return cases + EXTRA
+            )
+    return cases + list(edges()) + list(large())
 
 
-# What no pair of factors reaches: everything empty, everything constant, one element, larger than one block or cache.
-EXTRA = [
-    *(Case(norm, shape, data="constant", layout=layout, dtype=dtype, groups=4, dims=1, residual="like" if norm == "layer" else None)
-      for norm, shape in (("batch", (3, 8, 5, 7)), ("group", (3, 8, 5, 7)), ("layer", (9, 8, 5, 7)), ("instance", (3, 8, 5, 7)))
-      for layout in ("contiguous", "channels_last")
-      for dtype in ("float32", "bfloat16")),
-    *(Case("batch", shape, training=training) for shape in ((0, 5, 4, 4), (2, 5, 0), (0, 3)) for training in (True, False)),
-    *(Case("instance", shape, training=training, running=not training) for shape in ((0, 5, 4, 4), (2, 5, 0, 3)) for training in (True, False)),
-    *(Case("group", shape, groups=3, residual="like", act="silu") for shape in ((0, 6, 4, 4), (2, 6, 0), (2, 0, 3))),
-    *(Case(norm, shape, dims=dims, params="w") for norm in ("layer", "rms") for shape, dims in (((0, 5), 1), ((2, 0), 1), ((2, 0, 3), 2))),
-    Case("group", (1, 1), groups=1), Case("group", (2, 3, 1, 1), groups=3), Case("layer", (1, 1)), Case("rms", (1, 1), params="w"),
-    Case("batch", (1, 3), training=False), Case("instance", (1, 1, 1, 2)),
-    *(Case("batch", (4, 48, 56, 56), layout=layout, dtype=dtype, act="relu", residual="like") for layout in ("contiguous", "channels_last") for dtype in ("float32", "bfloat16")),
-    *(Case("group", (2, 64, 48, 48), groups=32, layout=layout, dtype=dtype, act="silu") for layout in ("contiguous", "channels_last") for dtype in ("float32", "float16")),
-    *(Case(norm, (2100, 96), dtype=dtype, params="w") for norm in ("layer", "rms") for dtype in ("float32", "bfloat16")),
-    *(Case(norm, (5, 33000), dtype="bfloat16", param_dtype="float32", params="w") for norm in ("layer", "rms")),
-    Case("instance", (2, 6, 24, 24, 24), layout="channels_last", act="leaky_relu"), Case("instance", (2, 6, 24, 24, 24), act="leaky_relu"),
-]  # fmt: skip
+def edges() -> Iterator[Case]:
+    """What no pair of factors reaches: nothing there, one element, everything constant."""
+    for training in (True, False):
+        for shape in ((0, 5, 4, 4), (2, 5, 0), (0, 3)):
+            yield Case("batch", shape, training=training)
+        for shape in ((0, 5, 4, 4), (2, 5, 0, 3)):
+            yield Case("instance", shape, training=training, running=not training)
+    for shape in ((0, 6, 4, 4), (2, 6, 0), (2, 0, 3)):
+        yield Case("group", shape, groups=3, residual="like", act="silu")
+    for norm in ("layer", "rms"):
+        for shape, dims in (((0, 5), 1), ((2, 0), 1), ((2, 0, 3), 2)):
+            yield Case(norm, shape, dims=dims, params="w")
+    yield Case("group", (1, 1), groups=1)
+    yield Case("group", (2, 3, 1, 1), groups=3)
+    yield Case("layer", (1, 1))
+    yield Case("rms", (1, 1), params="w")
+    yield Case("batch", (1, 3), training=False)
+    yield Case("instance", (1, 1, 1, 2))
+    for norm in ("batch", "group", "layer", "instance"):
+        for layout in ("contiguous", "channels_last"):
+            for dtype in ("float32", "bfloat16"):
+                yield Case(norm, (3, 8, 5, 7), groups=4, layout=layout, dtype=dtype, data="constant")
+
+
+def large() -> Iterator[Case]:
+    """Larger than what one block or one core holds."""
+    for layout in ("contiguous", "channels_last"):
+        for dtype in ("float32", "bfloat16"):
+            yield Case("batch", (4, 48, 56, 56), layout=layout, dtype=dtype, act="relu", residual="like")
+            yield Case("group", (2, 64, 48, 48), groups=32, layout=layout, dtype=dtype, act="silu")
+        yield Case("instance", (2, 6, 24, 24, 24), layout=layout, act="leaky_relu")
+    for norm in ("layer", "rms"):
+        for dtype in ("float32", "bfloat16"):
+            yield Case(norm, (2100, 96), dtype=dtype, params="w")
+        yield Case(norm, (5, 33000), dtype="bfloat16", param_dtype="float32", params="w")
+
 
 CASES = table()
 
@@ -404,20 +433,3 @@ def smoke() -> list[Case]:
 def small(limit: int = 20_000) -> list[Case]:
     """Small enough for kernels that run in an emulator; the largest of these still need several blocks."""
     return [c for c in CASES if c.numel <= limit]
-
-
-__all__ = [
-    "ACTIVATIONS",
-    "CASES",
-    "MOMENTUM",
-    "NORMS",
-    "Case",
-    "Inputs",
-    "build",
-    "call",
-    "in_layout",
-    "replace",
-    "small",
-    "smoke",
-    "subset",
-]

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from cases import MOMENTUM, Case, Inputs, build
+from torch import Tensor
 
 # A result may be half a unit in its last place from the truth, plus C unit roundoffs u of the compute type (float32, or
 # float64 for float64) times a scale S. S is the sum of the magnitudes that enter the value, so that cancellation is
@@ -74,7 +73,8 @@ class Forward:
 def forward(case: Case, i: Inputs) -> Forward:
     x = case.grouped(i.x.double())
     if case.given:
-        assert i.running_mean is not None and i.running_var is not None
+        assert i.running_mean is not None
+        assert i.running_var is not None
         mean, var = i.running_mean.double().unsqueeze(1), i.running_var.double().unsqueeze(1)
     elif case.norm == "rms":
         mean, var = torch.zeros(x.shape[0], 1, dtype=torch.float64), x.square().mean(1, keepdim=True)
@@ -150,7 +150,8 @@ def expected(case: Case, i: Inputs) -> dict[str, Expected]:
 
 def running(case: Case, i: Inputs, f: Forward) -> dict[str, Expected]:
     """Running statistics after one step: the unbiased variance, instance norm's averaged over the batch."""
-    assert i.running_mean is not None and i.running_var is not None
+    assert i.running_mean is not None
+    assert i.running_var is not None
     count = case.numel // f.mean.shape[0]
     means, variances = f.mean.view(-1, case.shape[1]), f.var.view(-1, case.shape[1])
     unbiased = variances.mean(0) * count / (count - 1)
@@ -198,7 +199,7 @@ def compare(name: str, got: Tensor, want: Expected, case: object = "") -> float:
         at = first(used == worst)
         raise AssertionError(
             f"{case}: {name}{at} = {got[at].item()!r}, truth {value[at].item()!r}: error {error[at].item():.3g} is "
-            f"{C * worst:.3g} u*S beyond half an ulp (allowed {C}); {int((used > 1).sum())} of {used.numel()} elements are beyond"
+            f"{C * worst:.3g} u*S beyond half an ulp (allowed {C}); so are {int((used > 1).sum())} of {used.numel()}"
         )
     if want.rounded and want.dtype in (torch.float16, torch.bfloat16):
         differ = int((got != value.to(want.dtype)).logical_and(finite).sum())
