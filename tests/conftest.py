@@ -1,0 +1,129 @@
+# Which backends there are on this machine, and which cases each of them runs. A test that asks for `backend` runs on
+# all of them; one that also asks for `case` runs the table: a backend listed in SETUPS inherits every test.
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case, small, subset
+
+import normkern
+from normkern.backends import BACKENDS
+
+STRATEGIES = ("automatic", "warp", "block", "split")
+# Emulated kernels run a fiber per CUDA thread under an access checker: so many cases by default, the rest with --slow.
+EMULATED_CASES = {"automatic": 60, "warp": 25, "block": 25, "split": 30}
+# The largest share of its error bound that each backend used, for --bounds.
+USED: dict[tuple[str, str, str], float] = defaultdict(float)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A backend as the tests use it: its name in BACKENDS, where tensors live, and why it is missing, if it is."""
+
+    name: str
+    device: str = "cpu"
+    missing: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
+
+    @property
+    def emulated(self) -> bool:
+        return self.name.startswith("emulated")
+
+    def cases(self) -> tuple[list[Case], list[Case]]:
+        """Cases of the table that always run, and those for --slow."""
+        if not self.emulated:
+            return CASES, []
+        strategy = self.name.removeprefix("emulated-")
+        always = subset(small(), EMULATED_CASES[strategy], strategy)
+        return always, [c for c in small() if c not in always]
+
+
+def emulated_backend(strategy: str, **options: Any) -> Any:
+    """The CUDA sources compiled for the CPU, with every memory access checked."""
+    from emulator.backend import EmulatedBackend
+
+    return EmulatedBackend(mode="checked", strategy=strategy, **options)
+
+
+def setups() -> Iterator[Setup]:
+    yield Setup("eager")
+    yield Setup("native", missing=BACKENDS["native"].why_not(torch.empty(1)) if "native" in BACKENDS else "not there")
+    for strategy in STRATEGIES:
+        name, missing = f"emulated-{strategy}", None
+        try:
+            BACKENDS[name] = emulated_backend(strategy)
+        except (ImportError, OSError, RuntimeError) as error:
+            missing = str(error)
+        yield Setup(name, missing=missing)
+    if torch.cuda.is_available():
+        yield Setup("native", "cuda", missing=BACKENDS["native"].why_not(torch.empty(1, device="cuda")))
+        yield Setup("eager", "cuda")
+    for name in set(BACKENDS) - {"eager", "native"}:
+        if not name.startswith("emulated"):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            yield Setup(name, device, BACKENDS[name].why_not(torch.empty(1, device=device)))
+
+
+SETUPS = list(setups())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--bounds", action="store_true", help="print how much of its error bound every backend used")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: only with --slow")
+    if os.environ.get("NORMKERN_REQUIRE_NATIVE") == "1":
+        absent = [f"{s}: {s.missing}" for s in SETUPS if s.missing]
+        if absent:
+            raise pytest.UsageError("NORMKERN_REQUIRE_NATIVE=1, but these backends cannot run:\n" + "\n".join(absent))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    rows: list[Any] = []
+    with_case = "case" in metafunc.fixturenames
+    for setup in SETUPS:
+        if setup.missing:  # one visible skip for each test function
+            mark = pytest.mark.skip(reason=f"{setup}: {setup.missing}")
+            rows.append(pytest.param(*(setup, None)[: 1 + with_case], id=str(setup), marks=mark))
+        elif with_case:
+            for cases, marks in zip(setup.cases(), ((), pytest.mark.slow), strict=True):
+                rows += [pytest.param(setup, c, id=f"{setup}-{c}", marks=marks) for c in cases]
+        else:
+            rows.append(pytest.param(setup, id=str(setup)))
+    metafunc.parametrize("backend,case" if with_case else "backend", rows, indirect=["backend"])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[Setup]:
+    """The backend that every call in the test goes to."""
+    setup: Setup = request.param
+    with normkern.use_backend(setup.name):
+        yield setup
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not config.getoption("--bounds"):
+        return
+    terminalreporter.section("largest error in units of u*S, beyond half an ulp of the result (bound: 16)")
+    for (setup, dtype, name), used in sorted(USED.items()):
+        terminalreporter.write_line(f"{setup:20} {dtype:9} {name:13} {used:6.2f}")

@@ -1,0 +1,85 @@
+# The table of cases on every backend: values, gradients and running statistics within their bounds, dtypes, layouts.
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ACTIVATIONS, NORMS, Case, Inputs, call, smoke
+from conftest import USED, Setup
+from reference import compare, expected, inputs_for
+from torch import Tensor
+
+import normkern
+
+
+def run(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Forward and backward through normkern's public functions; leaves `inputs` alone, running statistics excepted."""
+    leaves = Inputs(**vars(inputs))
+    wanted = {"dx": "x", "dweight": "weight", "dbias": "bias", "dresidual": "residual"}
+    wanted = {grad: name for grad, name in wanted.items() if getattr(inputs, name) is not None}
+    for name in wanted.values():
+        setattr(leaves, name, getattr(inputs, name).detach().requires_grad_())
+    y = call(case, leaves, normkern)
+    # autograd.grad, not backward(): a leaf's .grad may be copied into another layout.
+    grads = torch.autograd.grad(y, [getattr(leaves, name) for name in wanted.values()], inputs.dy)
+    got = {"y": y, **dict(zip(wanted, grads, strict=True))}
+    if inputs.running_mean is not None and case.training:
+        got |= {"running_mean": inputs.running_mean, "running_var": inputs.running_var}
+    return got
+
+
+def strides(t: Tensor) -> list[int]:
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+
+
+def check(case: Case, backend: Setup) -> None:
+    inputs = inputs_for(case)
+    want = expected(case, inputs)
+    moved = inputs.to(backend.device)
+    before = {name: (t, t.clone(), t._version) for name, t in vars(moved).items() if t is not None}
+    got = run(case, moved)
+
+    for name, value in want.items():
+        used = compare(name, got[name], value, case)
+        key = (str(backend), case.dtype, name)
+        USED[key] = max(USED[key], used)
+    for name in ("y", "dx", "dresidual"):
+        if name in got and case.dense and case.numel:
+            # What belongs to x is laid out as x is; a residual in another layout has its gradient in either.
+            allowed = [strides(moved.x)] + ([strides(moved.residual)] if name == "dresidual" else [])
+            assert strides(got[name]) in allowed, f"{name} has strides {got[name].stride()}, x {moved.x.stride()}"
+    for name, (tensor, value, version) in before.items():
+        if name.startswith("running") and case.training:
+            continue
+        assert tensor._version == version, f"{name} was written to"
+        assert torch.equal(tensor, value), f"{name} has changed"
+
+
+def test_table(backend: Setup, case: Case) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_dtype_and_layout(backend: Setup, norm: str) -> None:
+    """A plain case in each combination: the sampled table of the slow backends cannot hold a hole here."""
+    for case in smoke():
+        if case.norm == norm:
+            for dtype in ("float32", "float16", "bfloat16", "float64"):
+                check(Case(**{**vars(case), "dtype": dtype}), backend)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_every_activation(backend: Setup, act: str | None) -> None:
+    for residual in (None, "like"):
+        for training in (True, False):
+            check(Case("batch", (3, 5, 4, 7), act=act, residual=residual, training=training), backend)
+
+
+def test_saved_for_backward(backend: Setup) -> None:
+    """Only x and the moments are kept: half of what a norm and an activation keep when they are two functions."""
+    x = torch.randn(2, 8, 16, 16, device=backend.device, requires_grad=True)
+    weight = torch.ones(8, device=backend.device, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        normkern.group_norm(x, 4, weight, weight, act="silu")
+    large = [t for t in saved if t.numel() >= x.numel()]
+    assert [t.data_ptr() for t in large] == [x.data_ptr()]
