@@ -22,14 +22,18 @@ struct Field {
 template <class Record, class Value>
 Field(const char*, Value Record::*) -> Field<Record, Value>;
 
-// Any int with an enumerator's value will do, so the enums of normkern.problem fit as they are.
+// For an enum, any int with an enumerator's value will do, so the enums of normkern.problem fit as they are.
 template <class Value>
-Value from_python(const py::object& value) {
-  if constexpr (std::is_enum_v<Value>) {
-    const auto known = py::cast(Value(value.cast<int32_t>()));  // ValueError where no enumerator has it
-    return known.template cast<Value>();
-  } else {
-    return value.cast<Value>();
+Value from_python(const char* name, const py::object& value) {
+  try {
+    if constexpr (std::is_enum_v<Value>) {
+      const py::object known = py::cast(Value(value.cast<int32_t>()));  // ValueError where no enumerator has it
+      return known.cast<Value>();
+    } else {
+      return value.cast<Value>();
+    }
+  } catch (const py::cast_error&) {
+    throw py::type_error(std::string(name) + " cannot be " + std::string(py::repr(value)));
   }
 }
 
@@ -53,9 +57,9 @@ Record make_record(const char* name, const py::args& args, const py::kwargs& kwa
     const bool named = kwargs.contains(field.name);
     if (position < args.size()) {
       if (named) throw py::type_error(std::string(name) + ": " + field.name + " given twice");
-      record.*field.member = from_python<Value>(args[position]);
+      record.*field.member = from_python<Value>(field.name, args[position]);
     } else if (named) {
-      record.*field.member = from_python<Value>(kwargs[field.name]);
+      record.*field.member = from_python<Value>(field.name, kwargs[field.name]);
     }
     ++position;
     taken += named;

@@ -1,0 +1,73 @@
+# make demo | test | lint | bench | wheel | clean
+#
+# Everything runs in .venv, which is made on first use. On a machine without internet, name an interpreter that has
+# torch, numpy, pytest, cmake and pybind11: `make test PYTHON=/path/to/python` uses it as it is and installs nothing.
+# NORMKERN_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS reach the build (see setup.py).
+
+VENV ?= .venv
+PYTEST_ARGS ?= -m "not slow"
+
+ifdef PYTHON
+  ENVIRONMENT :=
+  INSTALL := $(PYTHON) setup.py -q build_ext --inplace
+else
+  PYTHON := $(abspath $(VENV))/bin/python
+  ENVIRONMENT := $(VENV)/made
+  INSTALL := $(PYTHON) -m pip install -q --no-build-isolation -e '.[test,demo,bench]'
+  export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+# The pinned torch; where there is an NVIDIA GPU, any that fits its driver.
+TORCH := $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'torch>=2.11'; else echo 'torch==2.13.0'; fi)
+NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
+CXX_FILES := $(shell find csrc tests/emulator -name build -prune -o -name '*.h' -print -o -name '*.hpp' -print \
+  -o -name '*.cuh' -print -o -name '*.cpp' -print -o -name '*.cu' -print)
+
+.PHONY: demo test lint bench wheel clean force
+
+demo: build/installed
+	$(PYTHON) -m normkern demo
+
+test: build/installed build/tests/passed
+	$(PYTHON) -m pytest $(PYTEST_ARGS) $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo -n auto --maxprocesses 8)
+
+bench: build/installed
+	$(PYTHON) -m pytest bench --benchmark-only $(BENCH_ARGS)
+
+lint: $(ENVIRONMENT)
+	$(if $(ENVIRONMENT),$(PYTHON) -m pip install -q $$($(PYTHON) -c "$(LINT_TOOLS)"))
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	clang-format --dry-run -Werror $(CXX_FILES)
+
+# pyproject.toml pins the tools; pip alone cannot install an extra without building the package.
+LINT_TOOLS := import re; print(*re.findall('\"(.+?)\"', re.search('(?m)^lint = .*', open('pyproject.toml').read())[0]))
+
+wheel: $(ENVIRONMENT)
+	$(PYTHON) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info normkern/*.so
+
+$(VENV)/made: pyproject.toml
+	@python3 -c 'import sys; sys.version_info >= (3, 10) or sys.exit("normkern needs Python 3.10 or later")'
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q '$(TORCH)' numpy 'setuptools>=77' 'pybind11>=3.0' ninja $$(command -v cmake >/dev/null || echo cmake)
+	touch $@
+
+# What the libraries in normkern/ were built with; the file changes only when that does.
+build/options: force
+	@mkdir -p build
+	@echo '$(PYTHON) $(NORMKERN_CUDA) $(TORCH_CUDA_ARCH_LIST) $(NORMKERN_CMAKE_ARGS)' >$@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+build/installed: build/options $(ENVIRONMENT) $(NATIVE_SOURCES)
+	$(INSTALL)
+	touch $@
+
+# The C++ tests know neither Python nor torch.
+build/tests/passed: $(ENVIRONMENT) $(NATIVE_SOURCES)
+	cmake -S . -B build/tests -DNORMKERN_CUDA=OFF -DNORMKERN_TORCH=OFF -DNORMKERN_PYTHON=OFF -DNORMKERN_TESTS=ON >/dev/null
+	cmake --build build/tests --parallel $(or $(MAX_JOBS),$(shell nproc))
+	ctest --test-dir build/tests --output-on-failure
+	touch $@
