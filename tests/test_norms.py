@@ -1,6 +1,8 @@
 # The table of cases on every backend: values, gradients and running statistics within their bounds, dtypes, layouts.
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import ACTIVATIONS, NORMS, Case, Inputs, call, smoke
@@ -11,14 +13,14 @@ from torch import Tensor
 import normkern
 
 
-def run(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Forward and backward through normkern's public functions; leaves `inputs` alone, running statistics excepted."""
+def run(case: Case, inputs: Inputs, functions: Any = normkern) -> dict[str, Tensor]:
+    """Forward and backward through public functions; leaves `inputs` alone, running statistics excepted."""
     leaves = Inputs(**vars(inputs))
     wanted = {"dx": "x", "dweight": "weight", "dbias": "bias", "dresidual": "residual"}
     wanted = {grad: name for grad, name in wanted.items() if getattr(inputs, name) is not None}
     for name in wanted.values():
         setattr(leaves, name, getattr(inputs, name).detach().requires_grad_())
-    y = call(case, leaves, normkern)
+    y = call(case, leaves, functions)
     # autograd.grad, not backward(): a leaf's .grad may be copied into another layout.
     grads = torch.autograd.grad(y, [getattr(leaves, name) for name in wanted.values()], inputs.dy)
     got = {"y": y, **dict(zip(wanted, grads, strict=True))}

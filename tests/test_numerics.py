@@ -1,0 +1,190 @@
+# The numerics contract: no error that grows with the mean, exact results where exactness is possible, nan and inf
+# where torch has them and nowhere else, the range of magnitudes, and how results spread over units in the last place.
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import NORMS, Case, Inputs, build, call, in_layout
+from conftest import Setup
+from reference import compare, expected, first, half_ulp, moments, relative_error
+from test_norms import run
+from torch import Tensor
+
+import normkern
+
+OFFSETS = (0.0, 10.0, 100.0, 1e3, 1e4)
+LAYOUTS = ("contiguous", "channels_last")
+
+
+def case_of(norm: str, layout: str = "contiguous", dtype: str = "float32", **options: object) -> Case:
+    """A shape with a few hundred elements in every group, in any layout."""
+    shape = (16, 6, 5, 7) if norm == "batch" else (3, 8, 12, 11)
+    dims = 3 if norm in ("layer", "rms") and layout == "contiguous" else 2
+    params = "w" if norm == "rms" else "wb"
+    return Case(norm, shape, groups=2, dims=dims, layout=layout, dtype=dtype, **{"params": params, **options})  # type: ignore[arg-type]
+
+
+def with_x(case: Case, values: Tensor) -> Inputs:
+    inputs = build(case)
+    inputs.x = in_layout(values.to(case.torch_dtype), case.layout)
+    return inputs
+
+
+def on(inputs: Inputs, backend: Setup) -> Inputs:
+    return inputs.to(backend.device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_error_is_flat_in_the_offset(backend: Setup, norm: str, layout: str) -> None:
+    """At mean/std up to 1e4 no error is more than twice that at 0."""
+    case = case_of(norm, layout)
+    noise = torch.randn(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    base: dict[str, float] = {}
+    for offset in OFFSETS:
+        inputs = with_x(case, noise + offset)
+        want = expected(case, inputs)
+        got = run(case, on(inputs, backend))
+        for name in ("y", "dx", "dweight", "dbias"):
+            if name in want:
+                error = relative_error(got[name].cpu(), want[name].value)
+                limit = 2 * base.setdefault(name, error) + 1e-8
+                assert error <= limit, f"{name} at offset {offset}: {error:.2e}, at 0: {base[name]:.2e}"
+                assert base[name] <= 3e-7
+
+
+def test_group_norm_channels_last_at_1000(backend: Setup) -> None:
+    """The case that torch 2.13 gets wrong by a factor of 160."""
+    case = Case("group", (2, 64, 14, 14), groups=32, layout="channels_last", params="")
+    noise = torch.randn(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inputs = with_x(case, noise + 1000)
+    want = expected(case, inputs)["y"].value
+    got = run(case, on(inputs, backend))["y"].cpu()
+    assert relative_error(got, want) <= 1e-6
+    assert relative_error(call(case, inputs), want) > 1e-3, (
+        "torch has mended its channels-last group norm: tell the README"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "instance"])
+def test_constant_groups_are_exact(backend: Setup, norm: str, dtype: str) -> None:
+    """x - mean is exactly 0 whatever the constant and the count, so y is the bias bit for bit, and dx sees no xhat."""
+    for layout in LAYOUTS:
+        for value in (0.1, -7.7, 1e4 / 3):
+            case = case_of(norm, layout, dtype)
+            inputs = on(with_x(case, torch.full(case.shape, value, dtype=torch.float64)), backend)
+            assert inputs.bias is not None
+            y = call(case, inputs, normkern)
+            assert torch.equal(y, case.broadcast(inputs.bias).expand_as(y)), f"{layout}, {value}"
+
+
+def test_constant_moments_are_exact(backend: Setup) -> None:
+    for count in (1, 3, 7, 49, 193, 1000):
+        x = torch.full((3, count), 0.1, device=backend.device)
+        mean, var = normkern.moments(x, 1)
+        assert torch.equal(var, torch.zeros_like(var)), count
+        assert torch.equal(mean, x[:, 0]), count
+
+
+def test_moments(backend: Setup) -> None:
+    """Mean to float32's last place at any offset, variance of an offset group to a few units."""
+    g = torch.Generator().manual_seed(2)
+    for shape, dim in (((5, 193), (1,)), ((2, 6, 9, 7), (0, 2, 3)), ((2, 6, 9, 7), (2, 3)), ((4, 3, 50), (1, 2))):
+        x = (torch.randn(shape, dtype=torch.float64, generator=g) + 1e4).float()
+        mean, var = (t.cpu() for t in normkern.moments(x.to(backend.device), dim))
+        want_mean = x.double().mean(dim)
+        assert mean.dtype == torch.float32
+        assert (mean.double() - want_mean).abs().max() <= 1e4 * 2**-24
+        torch.testing.assert_close(var.double(), x.double().var(dim, correction=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "instance"])
+def test_zero_eps_on_a_constant_group_is_nan_as_in_torch(backend: Setup, norm: str) -> None:
+    case = case_of(norm, eps=0.0)
+    x = torch.randn(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    rows = case.grouped(x).clone()
+    rows[0] = 2.0
+    inputs = with_x(case, case.ungrouped(rows))
+    y = case.grouped(call(case, on(inputs, backend), normkern).cpu())
+    assert torch.equal(y.isnan(), case.grouped(call(case, inputs)).isnan())
+    assert y[0].isnan().all()
+    assert not y[1:].isnan().any()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_poison_stays_in_its_group(backend: Setup, norm: str, layout: str, poison: float) -> None:
+    """One bad element spoils its group and the weights it meets, as in torch, and nothing else."""
+    case = case_of(norm, layout)
+    x = torch.randn(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    rows = case.grouped(x).clone()
+    rows[1, 5] = poison
+    inputs = with_x(case, case.ungrouped(rows))
+    stock = run(case, Inputs(**{k: v if v is None else v.double() for k, v in vars(inputs).items()}), F)
+    want = expected(case, inputs)
+    got = run(case, on(inputs, backend))
+    for name, theirs in stock.items():
+        ours = got[name].cpu()
+        assert torch.equal(ours.isnan(), theirs.isnan()), (
+            f"{name}: nan differs from torch at {first(ours.isnan() != theirs.isnan())}"
+        )
+    for name, value in want.items():
+        compare(name, got[name], value, case)
+
+
+# The largest |x| whose squares are still summed without overflow. Float64 statistics have all of float32's range; the
+# CUDA kernels square in float32.
+LARGEST = {
+    "float32": {"eager": 1e38, "native": 1e37, "emulated": 1e17},
+    "bfloat16": {"eager": 1e38, "native": 1e37, "emulated": 1e17},
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_largest_magnitudes(backend: Setup, norm: str, dtype: str) -> None:
+    kind = "emulated" if backend.emulated or backend.device == "cuda" else backend.name
+    size = 6e4 if dtype == "float16" else LARGEST[dtype][kind]
+    for layout in LAYOUTS:
+        case = case_of(norm, layout, dtype, params="")
+        x = torch.rand(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * 2 - 1
+        inputs = with_x(case, x * size)
+        compare("y", call(case, on(inputs, backend), normkern), expected(case, inputs)["y"], case)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_smallest_magnitudes(backend: Setup, norm: str) -> None:
+    """Without eps a group of size 1e-15 (variance 1e-30) is normalized like any other."""
+    case = case_of(norm, params="", eps=0.0)
+    x = torch.randn(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    inputs = with_x(case, x * 1e-15)
+    compare("y", call(case, on(inputs, backend), normkern), expected(case, inputs)["y"], case)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_units_in_the_last_place(backend: Setup, norm: str) -> None:
+    """Most float32 results are the correctly rounded ones or their neighbours."""
+    case = case_of(norm, params="")
+    x = torch.randn(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    inputs = with_x(case, x)
+    want = expected(case, inputs)["y"].value
+    ulps = (call(case, on(inputs, backend), normkern).cpu().double() - want).abs() / (2 * half_ulp(want, torch.float32))
+    ulps = ulps[want.abs() > 0.1]  # nearer to 0 the last place says nothing
+    assert (ulps <= 1).double().mean() >= 0.9
+    assert ulps.max() <= 4
+
+
+def test_reference_moments() -> None:
+    """The oracle itself, against exact rational arithmetic."""
+    from fractions import Fraction
+
+    x = (torch.randn(1, 501, dtype=torch.float64, generator=torch.Generator().manual_seed(8)) + 1e4).float().double()
+    values = [Fraction(v) for v in x[0].tolist()]
+    mean = sum(values) / len(values)
+    var = sum((v - mean) ** 2 for v in values) / len(values)
+    got_mean, got_var = moments(x)
+    assert abs(Fraction(got_mean.item()) - mean) <= 1e4 * 2.0**-53
+    assert abs(Fraction(got_var.item()) / var - 1) <= 1e-14
