@@ -372,7 +372,17 @@ def table() -> list[Case]:
                     **options,
                 )
             )
-    return cases + list(edges()) + list(large())
+    return cases + list(core()) + list(edges()) + list(large())
+
+
+def core() -> Iterator[Case]:
+    """What networks run, on data that hurts."""
+    for norm in NORMS:
+        for layout in ("contiguous", "channels_last"):
+            for dtype, param_dtype in (("float32", None), ("bfloat16", "float32")):
+                for data in ("mixed", "offset"):
+                    params = "w" if norm == "rms" else "wb"
+                    yield Case(norm, (3, 32, 6, 9), 8, 2, layout, dtype, params, param_dtype, data=data)
 
 
 def edges() -> Iterator[Case]:
