@@ -1,0 +1,31 @@
+"""normkern: normalization for PyTorch, with one read of the data and no error that grows with the mean."""
+
+from normkern import nn
+from normkern.backends import use_backend
+from normkern.explain import explain
+from normkern.functional import (
+    add_layer_norm,
+    add_rms_norm,
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    moments,
+    rms_norm,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "explain",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "moments",
+    "nn",
+    "rms_norm",
+    "use_backend",
+]

@@ -1,0 +1,168 @@
+"""autograd.py: gradients for every norm.
+
+One autograd.Function around a backend's forward and backward. Nothing but x, the moments and the parameters is saved;
+a backward that has to be differentiable itself goes through the eager formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normkern.backends import Backend, eager, select
+from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Act, Domain, Moments, Problem
+
+_Grads = tuple[Tensor | None, ...]
+
+
+def same_buffer(t: Tensor, x: Tensor) -> Tensor:
+    """t with the strides of x, which is dense; t itself where it has them."""
+    if t.stride() == x.stride():
+        return t
+    return torch.empty_like(x).copy_(t)
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        problem: Problem,
+        backend: Backend,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, group_mean, group_var = backend.forward(problem, x, weight, bias, residual, mean, var, True)
+        if problem.moments == Moments.mean_var:
+            mean, var = group_mean, group_var
+        elif problem.moments == Moments.second:
+            mean, var = None, group_var
+        # The backward pass sees z again only where an activation follows.
+        used = residual if problem.act != Act.none else None
+        ctx.save_for_backward(x, weight, bias, used, mean, var)
+        ctx.mark_non_differentiable(group_mean, group_var)
+        ctx.set_materialize_grads(False)
+        ctx.problem = problem
+        ctx.backend = backend
+        return y, group_mean, group_var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> _Grads:
+        if dy is None:
+            return (None,) * 8
+        problem = ctx.problem
+        x, weight, bias, residual, mean, var = ctx.saved_tensors
+        _, _, need_x, need_weight, need_bias, need_residual, _, _ = ctx.needs_input_grad
+        if _must_be_differentiable(dy):
+            wanted = need_x, need_weight, need_bias, need_residual
+            return None, None, *_differentiable_backward(problem, wanted, dy, x, weight, bias, residual, mean, var), None, None
+
+        dx = dweight = dbias = dresidual = None
+        needs = need_x * NEED_DX | need_weight * NEED_DWEIGHT | need_bias * NEED_DBIAS
+        if need_residual:
+            if problem.act == Act.none:
+                dresidual = dy
+            else:
+                needs |= NEED_DRESIDUAL
+        if needs:
+            dense = same_buffer(dy, x)
+            got = ctx.backend.backward(problem, dense, x, weight, bias, residual, mean, var, needs)
+            dx = got[0] if need_x else None
+            dweight = got[1].view(weight.shape) if need_weight else None
+            dbias = got[2].view(bias.shape) if need_bias else None
+            dresidual = got[3] if needs & NEED_DRESIDUAL else dresidual
+        return None, None, dx, dweight, dbias, dresidual, None, None
+
+
+def _must_be_differentiable(dy: Tensor) -> bool:
+    """Under create_graph, or where dy is a batch of gradients that torch.func hands over at once."""
+    if torch.compiler.is_compiling():
+        return False  # compiled graphs have no second derivatives, and are traced with gradients enabled
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def _differentiable_backward(
+    problem: Problem,
+    wanted: tuple[bool, bool, bool, bool],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> list[Tensor | None]:
+    """dx, dweight, dbias, dresidual as functions that can be differentiated again."""
+    create_graph = torch.is_grad_enabled()
+    inputs = [x, weight, bias, residual]
+    targets = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
+    gradients = iter(())
+    if targets:
+        with torch.enable_grad():
+            y = eager.normalize(problem, x, weight, bias, residual, mean, var)
+        gradients = iter(torch.autograd.grad(y, targets, dy, create_graph=create_graph))
+    found = [next(gradients) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True)]
+    if wanted[3] and residual is None:  # not saved, because without an activation it only passes dy on
+        found[3] = dy
+    return found
+
+
+def _transformed() -> bool:
+    """Inside torch.func's grad, vmap, jvp, ... or forward-mode differentiation, which compiled kernels cannot follow."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def normalize(
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the moments of every group if `save`; mean and var are read only where the moments are given."""
+    if _transformed():
+        return eager.apply(problem, x, weight, bias, residual, mean, var)
+    backend = select(x)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _Normalize.apply(problem, backend, x, weight, bias, residual, mean, var)  # type: ignore[no-any-return]
+    return backend.forward(problem, x, weight, bias, residual, mean, var, save)
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, backend: Backend, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        ctx.domain = problem.stats
+        return backend.moments(problem, x)
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> _Grads:
+        (x,) = ctx.saved_tensors
+        return None, None, eager.moments_gradient(ctx.domain, x, dmean, dvar)
+
+
+def moments(domain: Domain, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every group, float64; differentiable any number of times."""
+    problem = Problem(domain, domain)
+    if _transformed():
+        return eager.differentiable_moments(domain, x)
+    backend = select(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Moments.apply(problem, backend, x)  # type: ignore[no-any-return]
+    return backend.moments(problem, x)

@@ -1,0 +1,128 @@
+"""backends: who computes. `native` are the compiled kernels, `eager` is plain PyTorch and can always run.
+
+A call takes the first of BACKENDS that can run it. `use_backend` and NORMKERN_BACKEND force one; a forced backend that
+cannot run is an error that says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from normkern.backends.eager import Eager
+from normkern.backends.native import Native
+from normkern.problem import Problem
+
+logger = logging.getLogger("normkern")
+
+
+class Backend(Protocol):
+    """The three programs. Tensors are as csrc/core/arguments.h has them: x is dense, dy and residual have its strides,
+    parameters are contiguous with an element per affine group, moments are float64 with one per statistics group."""
+
+    name: str
+
+    def why_not(self, x: Tensor) -> str | None:
+        """None where x can be computed, else a sentence that says why it cannot."""
+
+    def forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, mean and var; the moments have size 0 unless `save`, or where there is nothing to save."""
+
+    def backward(
+        self,
+        problem: Problem,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dx, dweight, dbias, dresidual; size 0 where the bit of `needs` is not set."""
+
+    def moments(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mean and biased variance, or the second moment, over problem.stats."""
+
+
+BACKENDS: dict[str, Backend] = {"native": Native(), "eager": Eager()}
+
+
+class _Forced(threading.local):
+    """The name that is forced in this thread."""
+
+    name: str | None = os.environ.get("NORMKERN_BACKEND") or None
+
+
+_forced = _Forced()
+
+# The same for all threads together, innermost last: torch.compile sees a change of a global, but none of a
+# threading.local, and would go on with the backend of the first call.
+_forced_anywhere: list[str] = []
+
+_announced: set[str] = set()
+
+
+def _existing(name: str, source: str) -> Backend:
+    backend = BACKENDS.get(name)
+    if backend is None:
+        raise ValueError(f"{source}: name must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return backend
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every call of this thread inside the block on one backend: "native" or "eager"."""
+    _existing(name, "use_backend")
+    before = _forced.name
+    _forced.name = name
+    _forced_anywhere.append(name)
+    try:
+        yield
+    finally:
+        _forced.name = before
+        _forced_anywhere.remove(name)
+
+
+def forced_backend() -> str | None:
+    """The name that use_backend or NORMKERN_BACKEND asks for, if any."""
+    if torch.compiler.is_compiling() and _forced_anywhere:
+        return _forced_anywhere[-1]
+    return _forced.name
+
+
+def select(x: Tensor) -> Backend:
+    """The backend that runs a call on x."""
+    name = forced_backend()
+    if name is not None:
+        forced = _existing(name, "NORMKERN_BACKEND")
+        why = forced.why_not(x)
+        if why is not None:
+            raise RuntimeError(f"normkern: backend {name!r} is asked for but cannot run: {why}")
+        return forced
+    for backend in BACKENDS.values():
+        why = backend.why_not(x)
+        if why is None:
+            return backend
+        if why not in _announced and not torch.compiler.is_compiling():
+            _announced.add(why)
+            logger.warning("normkern: running without the %s backend: %s", backend.name, why)
+    raise RuntimeError(f"normkern: no backend can run a tensor on {x.device}")  # eager always can

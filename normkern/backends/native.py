@@ -1,0 +1,177 @@
+"""native.py: the compiled kernels, as torch.ops.normkern.
+
+Loads the libraries that are there, tells torch.compile the shapes, strides and dtypes of the operators' results, and
+says in one sentence why a device cannot be served.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from normkern.problem import Domain, Moments, Problem
+
+_HERE = Path(__file__).resolve().parent.parent
+_REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
+
+
+def _load(file: str, remedy: str) -> str | None:
+    """None once the library is loaded, else why it is not."""
+    path = _HERE / file
+    if not path.exists():
+        return f"no compiled kernels found ({file} is missing); {remedy}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{file} does not load ({error}); {_REBUILD}"
+    return None
+
+
+class Native:
+    """The compiled kernels as a backend."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self.cpu_why_not = _load("_C_cpu.so", _REBUILD)
+        # The operators' schemas are in the CPU library.
+        self.cuda_why_not = self.cpu_why_not or _load("_C_cuda.so", f"{_REBUILD} and NORMKERN_CUDA=1, with nvcc on PATH")
+        if self.cpu_why_not is None:
+            _register_fakes()
+            # Looking an operator up costs more than calling it.
+            self._forward = torch.ops.normkern.forward.default
+            self._backward = torch.ops.normkern.backward.default
+            self._moments = torch.ops.normkern.moments.default
+
+    def why_not(self, x: Tensor) -> str | None:
+        device = x.device.type
+        if device == "cpu" or device == "meta":
+            return self.cpu_why_not
+        if device == "cuda":
+            return self.cuda_why_not
+        return f"there are no kernels for device {device}"
+
+    def forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var = self._forward(
+            x,
+            weight,
+            bias,
+            residual,
+            mean,
+            var,
+            _extents(problem.stats),
+            _extents(problem.affine),
+            int(problem.moments),
+            int(problem.act),
+            problem.eps,
+            save,
+        )
+        return y, mean, var
+
+    def backward(
+        self,
+        problem: Problem,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dx, dweight, dbias, dresidual = self._backward(
+            dy,
+            x,
+            weight,
+            bias,
+            residual,
+            mean,
+            var,
+            _extents(problem.stats),
+            _extents(problem.affine),
+            int(problem.moments),
+            int(problem.act),
+            problem.eps,
+            needs,
+        )
+        return dx, dweight, dbias, dresidual
+
+    def moments(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var = self._moments(x, _extents(problem.stats), int(problem.moments))
+        return mean, var
+
+
+def _extents(domain: Domain) -> list[int]:
+    return [domain.batch, domain.rows, domain.keep, domain.cols]
+
+
+def _like(x: Tensor, wanted: bool = True) -> Tensor:
+    return x.new_empty_strided(x.shape, x.stride()) if wanted else x.new_empty(0)
+
+
+def _group_vectors(x: Tensor, stats: list[int], moments: int, save: bool) -> tuple[Tensor, Tensor]:
+    groups = stats[0] * stats[2]
+    return (
+        x.new_empty(groups if save and moments == Moments.mean_var else 0, dtype=torch.float64),
+        x.new_empty(groups if save and moments != Moments.given else 0, dtype=torch.float64),
+    )
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("normkern::forward")
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        stats: list[int],
+        affine: list[int],
+        moments: int,
+        act: int,
+        eps: float,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _like(x), *_group_vectors(x, stats, moments, save)
+
+    @torch.library.register_fake("normkern::backward")
+    def backward(
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        stats: list[int],
+        affine: list[int],
+        moments: int,
+        act: int,
+        eps: float,
+        needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        groups = affine[0] * affine[2]
+        return (
+            _like(x, bool(needs & 1)),
+            (x if weight is None else weight).new_empty(groups if needs & 2 else 0),
+            (x if bias is None else bias).new_empty(groups if needs & 4 else 0),
+            _like(x, bool(needs & 8)),
+        )
+
+    @torch.library.register_fake("normkern::moments")
+    def moments(x: Tensor, stats: list[int], moments: int) -> tuple[Tensor, Tensor]:
+        return _group_vectors(x, stats, moments, True)

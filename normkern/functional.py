@@ -1,0 +1,401 @@
+"""functional.py: the norms as functions, with torch.nn.functional's arguments, order and errors.
+
+Each function checks its arguments, names its two domains (problem.py) and hands over to autograd.py. `input` is
+(N, C, ...) in any dense memory format; output and gradients keep its dtype and layout. `residual` is added after weight
+and bias and before `act`, one of None, "relu", "silu", "gelu", "leaky_relu". Parameters may have any floating dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from normkern import autograd, problem
+from normkern.checks import (
+    check_act,
+    check_enough_values,
+    check_flag,
+    check_float,
+    check_groups,
+    check_input,
+    check_normalized_shape,
+    check_parameter,
+    check_residual,
+    check_running,
+    shape_of,
+    spatial_count,
+)
+from normkern.problem import Act, Problem
+
+# A constructor of problem.py: from sizes, strides and what the norm adds to the problem, or None where they do not fit.
+Geometry = Callable[..., Problem | None]
+
+
+def _fit(x: Tensor, geometry: Geometry, *args: object) -> tuple[Tensor, Problem]:
+    """x, or a copy of it that fits: in the same order of dimensions in memory if it can be."""
+    found = geometry(x.shape, x.stride(), *args)
+    if found is None and not problem.is_dense(x.shape, x.stride()):
+        x = x.clone()
+        found = geometry(x.shape, x.stride(), *args)
+    if found is None:
+        x = x.contiguous()
+        found = geometry(x.shape, x.stride(), *args)
+        assert found is not None, "a contiguous tensor fits every norm"
+    return x, found
+
+
+def _normalize(
+    x: Tensor,
+    dense: Tensor,
+    problem: Problem,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y in the layout of x, and the moments that were computed, if `save`; `dense` and `problem` are from _fit."""
+    order = problem.weight_order
+    if order is not None:
+        weight = None if weight is None else weight.permute(order).contiguous()
+        bias = None if bias is None else bias.permute(order).contiguous()
+    if residual is not None:
+        residual = autograd.same_buffer(residual, dense)
+    y, mean, var = autograd.normalize(problem, dense, weight, bias, residual, mean, var, save)
+    if dense is not x:
+        y = autograd.same_buffer(y, torch.empty_like(x))
+    return y, mean, var
+
+
+def _empty(x: Tensor, *others: Tensor | None) -> Tensor:
+    """The result for an input without elements: empty too, and every gradient that flows back from it is zero."""
+    y = x.clone()
+    for t in others:
+        if t is not None:
+            y = y + t.sum().to(x.dtype)
+    return y
+
+
+def _track(running: Tensor, value: Tensor, momentum: float | Tensor) -> Tensor:
+    """The running statistic's next value, computed in float64."""
+    if isinstance(momentum, Tensor):
+        return value * momentum + running.to(value.dtype) * (1 - momentum)
+    return torch.add(value * momentum, running, alpha=1 - momentum)
+
+
+def _update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float | Tensor
+) -> None:
+    """Both or neither: everything that can fail comes before the first write."""
+    with torch.no_grad():
+        next_mean = _track(running_mean, mean, momentum)
+        next_var = _track(running_var, var * (count / (count - 1)), momentum)
+        running_mean.copy_(next_mean)
+        running_var.copy_(next_var)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor:
+    """Normalize every channel over the batch and all positions.
+
+    In training the batch's own moments are used and the running statistics, if given, move towards them by `momentum`
+    (with the unbiased variance); otherwise the running statistics are the moments.
+    """
+    check_flag("batch_norm", "training", training)
+    momentum = momentum if isinstance(momentum, Tensor) else check_float("batch_norm", "momentum", momentum)
+    return _batch_norm(
+        "batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act
+    )
+
+
+def _batch_norm(
+    name: str,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    residual: Tensor | None,
+    act: str | None,
+) -> Tensor:
+    check_input(name, x, 2)
+    eps = check_float(name, "eps", eps)
+    activation = check_act(name, act)
+    channels = x.shape[1]
+    numel = x.numel()
+    if training:
+        check_enough_values(name, x.shape[0] * spatial_count(x), "value per channel", x)
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"{name}: eps must be {'positive in training' if training else 'at least 0'}; got eps={eps}")
+    mean, var = check_running(name, running_mean, running_var, channels, None if training else "training=False", x)
+    weight = check_parameter(name, "weight", _flat(weight), (channels,), x)
+    bias = check_parameter(name, "bias", _flat(bias), (channels,), x)
+    check_residual(name, residual, x)
+    if numel == 0:
+        return _empty(x, weight, bias, residual)
+    dense, found = _fit(x, problem.batch, activation, eps, not training)
+    if not training:
+        return _normalize(x, dense, found, weight, bias, residual, mean, var)[0]
+    tracked = running_mean is not None
+    y, batch_mean, batch_var = _normalize(x, dense, found, weight, bias, residual, save=tracked)
+    if running_mean is not None and running_var is not None:
+        _update_running(running_mean, running_var, batch_mean, batch_var, numel // channels, momentum)
+    return y
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    """torch's batch norm takes a weight of any shape with an element per channel."""
+    if isinstance(parameter, Tensor) and parameter.dim() != 1:
+        return parameter.reshape(-1)
+    return parameter
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor:
+    """Normalize each of `num_groups` bundles of neighbouring channels of every sample."""
+    check_input("group_norm", input, 2)
+    check_groups("group_norm", num_groups, input)
+    eps = check_float("group_norm", "eps", eps)
+    activation = check_act("group_norm", act)
+    shape = input.shape
+    numel = input.numel()
+    check_enough_values("group_norm", numel // num_groups, "value per channel", input)
+    weight = check_parameter("group_norm", "weight", weight, (shape[1],), input)
+    bias = check_parameter("group_norm", "bias", bias, (shape[1],), input)
+    check_residual("group_norm", residual, input)
+    if numel == 0:
+        return _empty(input, weight, bias, residual)
+    dense, found = _fit(input, problem.group, num_groups, activation, eps)
+    return _normalize(input, dense, found, weight, bias, residual)[0]
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor:
+    """Normalize over the last dimensions, which have the sizes `normalized_shape`."""
+    eps = check_float("layer_norm", "eps", eps)
+    return _layer_norm("layer_norm", input, normalized_shape, weight, bias, eps, residual, act, second=False)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor:
+    """Divide by the root mean square over the last dimensions, which have the sizes `normalized_shape`.
+
+    As in torch, eps=None is the machine epsilon of the type that computes: float32, or float64 for a float64 input.
+    """
+    return _rms_norm("rms_norm", input, normalized_shape, weight, eps, residual, act)
+
+
+def _rms_norm(
+    name: str,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    residual: Tensor | None,
+    act: str | None,
+) -> Tensor:
+    check_input(name, x, 0)
+    if eps is None:
+        eps = 2.0**-52 if x.dtype is torch.float64 else 2.0**-23
+    else:
+        eps = check_float(name, "eps", eps)
+    return _layer_norm(name, x, normalized_shape, weight, None, eps, residual, act, second=True)
+
+
+def _layer_norm(
+    name: str,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    act: str | None,
+    second: bool,
+) -> Tensor:
+    check_input(name, x, 0)
+    shape = check_normalized_shape(name, normalized_shape, x)
+    activation = check_act(name, act)
+    weight = check_parameter(name, "weight", weight, shape, x)
+    bias = check_parameter(name, "bias", bias, shape, x)
+    check_residual(name, residual, x)
+    if x.numel() == 0:
+        return _empty(x, weight, bias, residual)
+    dense, found = _fit(x, problem.layer, len(shape), activation, eps, second)
+    return _normalize(x, dense, found, weight, bias, residual)[0]
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor:
+    """Normalize every channel of every sample over its positions.
+
+    With `use_input_stats` the running statistics, if given, move by `momentum` towards the moments averaged over the
+    batch; without, they are the moments, as in batch_norm's evaluation.
+    """
+    name = "instance_norm"
+    check_flag(name, "use_input_stats", use_input_stats)
+    momentum = check_float(name, "momentum", momentum)
+    check_input(name, input, 0)
+    if use_input_stats:
+        check_enough_values(name, spatial_count(input), "spatial element", input)
+    if input.dim() < 2:
+        raise IndexError(f"{name}: input must have at least 2 dimensions; got shape {shape_of(input)}")
+    eps = check_float(name, "eps", eps)
+    activation = check_act(name, act)
+    batch, channels = input.shape[:2]
+    when = None if use_input_stats else "use_input_stats=False"
+    mean, var = check_running(name, running_mean, running_var, channels, when, input)
+    weight = check_parameter(name, "weight", weight, (channels,), input)
+    bias = check_parameter(name, "bias", bias, (channels,), input)
+    check_residual(name, residual, input)
+    numel = input.numel()
+    if numel == 0:
+        return _empty(input, weight, bias, residual)
+    if not use_input_stats:
+        dense, found = _fit(input, problem.batch, activation, eps, True)
+        return _normalize(input, dense, found, weight, bias, residual, mean, var)[0]
+    dense, found = _fit(input, problem.instance, activation, eps)
+    tracked = running_mean is not None
+    y, instance_mean, instance_var = _normalize(input, dense, found, weight, bias, residual, save=tracked)
+    if running_mean is not None and running_var is not None:
+        # The moments lie in memory as samples and channels do.
+        order = problem.memory_order(dense.shape, dense.stride())
+        samples = int(order.index(1) < order.index(0))
+        sizes = (channels, batch) if samples else (batch, channels)
+        _update_running(
+            running_mean,
+            running_var,
+            instance_mean.view(sizes).mean(samples),
+            instance_var.view(sizes).mean(samples),
+            numel // (batch * channels),
+            momentum,
+        )
+    return y
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """layer_norm of input + residual, and that sum."""
+    total = _sum("add_layer_norm", input, residual)
+    eps = check_float("add_layer_norm", "eps", eps)
+    y = _layer_norm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, None, second=False)
+    return y, total
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """rms_norm of input + residual, and that sum."""
+    total = _sum("add_rms_norm", input, residual)
+    return _rms_norm("add_rms_norm", total, normalized_shape, weight, eps, None, None), total
+
+
+def _sum(name: str, x: Tensor, residual: Tensor) -> Tensor:
+    check_input(name, x, 0)
+    if residual is None:
+        raise TypeError(f"{name}: residual must be a Tensor; got None")
+    check_residual(name, residual, x)
+    return x + residual
+
+
+def moments(input: Tensor, dim: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over `dim`, in float32 (float64 for float64): exact for any offset, differentiable."""
+    check_input("moments", input, 0)
+    dims = _checked_dims(input, dim)
+    wide = torch.float64 if input.dtype is torch.float64 else torch.float32
+    kept = [d for d in range(input.dim()) if d not in dims]
+    if input.numel() == 0:
+        x = input.to(wide)
+        return x.mean(dims), x.var(dims, correction=0)
+    domain = problem.reduced(input.shape, input.stride(), dims)
+    x = input
+    if domain is None:
+        # Kept dimensions outermost always fit.
+        x = input.permute(*kept, *dims).contiguous()
+        dims = tuple(range(len(kept), input.dim()))
+        kept = list(range(len(kept)))
+        domain = problem.reduced(x.shape, x.stride(), dims)
+        assert domain is not None, "a contiguous tensor with leading groups fits"
+    mean, var = autograd.moments(domain, x)
+    in_memory = [d for d in problem.memory_order(x.shape, x.stride()) if d in kept]
+    sizes = [x.shape[d] for d in in_memory]
+    back = [in_memory.index(d) for d in kept]
+    return mean.reshape(sizes).permute(back).to(wide), var.reshape(sizes).permute(back).to(wide)
+
+
+def _checked_dims(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
+    """The dimensions to reduce, not negative, ascending; none means all, as in torch.var_mean."""
+    asked = (dim,) if isinstance(dim, int) else tuple(dim)
+    rank = max(x.dim(), 1)
+    for d in asked:
+        if not isinstance(d, int):
+            raise TypeError(f"moments: dim must be an int or a sequence of ints; got {dim!r}")
+        if not -rank <= d < rank:
+            raise IndexError(f"moments: dim must be in {-rank} to {rank - 1}; got dim={d} and input of shape {shape_of(x)}")
+    found = sorted({d % rank for d in asked})
+    if len(found) != len(asked):
+        raise RuntimeError(f"moments: dim must not name a dimension twice; got dim={dim!r}")
+    if x.dim() == 0:
+        return ()
+    return tuple(found) if found else tuple(range(x.dim()))

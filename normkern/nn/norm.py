@@ -1,0 +1,149 @@
+"""norm.py: torch.nn's norm layers with another forward.
+
+They are subclasses: state dicts, isinstance tests, weight-decay groups and SyncBatchNorm's conversion go on working.
+`act` is applied after the norm, and forward takes a `residual` that is added before it; both are optional.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkern import functional as F
+from normkern.checks import check_act
+
+
+class _WithAct(torch.nn.Module):
+    """What all layers here add to the stock ones: a keyword `act`."""
+
+    act: str | None
+
+    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
+        check_act(type(self).__name__, act)
+        super().__init__(*args, **kwargs)
+        self.act = act
+
+    def extra_repr(self) -> str:
+        stock = super().extra_repr()
+        return stock if self.act is None else f"{stock}, act={self.act!r}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("act", None)
+
+
+class _BatchNorm(_WithAct, torch.nn.modules.batchnorm._BatchNorm):
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        tracking = self.training and self.track_running_stats
+        batches = self.num_batches_tracked if tracking else None
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if self.momentum is None and batches is not None:
+            # A tensor, so that the count stays on its device: the cumulative average of batches so far.
+            momentum = 1.0 / (batches + 1).double()
+        keep = not self.training or self.track_running_stats
+        y = F.batch_norm(
+            input,
+            self.running_mean if keep else None,
+            self.running_var if keep else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,  # type: ignore[arg-type]
+            self.eps,
+            residual=residual,
+            act=self.act,
+        )
+        if batches is not None:  # counted last: a call that fails is no batch
+            batches.add_(1)
+        return y
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d: (N, C) or (N, C, L)."""
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d: (N, C, H, W)."""
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d: (N, C, D, H, W)."""
+
+
+class GroupNorm(_WithAct, torch.nn.GroupNorm):
+    """torch.nn.GroupNorm: (N, C, ...)."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return F.group_norm(
+            input, self.num_groups, self.weight, self.bias, self.eps, residual=residual, act=self.act
+        )
+
+
+class LayerNorm(_WithAct, torch.nn.LayerNorm):
+    """torch.nn.LayerNorm: (..., *normalized_shape)."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return F.layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual, act=self.act
+        )
+
+
+class RMSNorm(_WithAct, torch.nn.RMSNorm):
+    """torch.nn.RMSNorm: (..., *normalized_shape)."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, residual=residual, act=self.act)
+
+
+class _InstanceNorm(_WithAct, torch.nn.modules.instancenorm._InstanceNorm):
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        unbatched = input.dim() == self._get_no_batch_dim()  # type: ignore[no-untyped-call]
+        self._check_features(input, 0 if unbatched else 1)
+        if unbatched:
+            input = input.unsqueeze(0)
+            residual = None if residual is None else residual.unsqueeze(0)
+        y = F.instance_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum,
+            self.eps,
+            residual=residual,
+            act=self.act,
+        )
+        return y.squeeze(0) if unbatched else y
+
+    def _check_features(self, input: Tensor, dim: int) -> None:
+        channels = input.size(dim)
+        if channels == self.num_features:
+            return
+        name = type(self).__name__
+        if self.affine:
+            raise ValueError(
+                f"{name}: input must have num_features={self.num_features} channels in dimension {dim}; got {channels}"
+            )
+        warnings.warn(
+            f"{name}: input has {channels} channels in dimension {dim} where num_features={self.num_features}; without "
+            "weights the number is not used",
+            stacklevel=3,
+        )
+
+
+class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
+    """torch.nn.InstanceNorm1d: (N, C, L) or (C, L)."""
+
+
+class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
+    """torch.nn.InstanceNorm2d: (N, C, H, W) or (C, H, W)."""
+
+
+class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
+    """torch.nn.InstanceNorm3d: (N, C, D, H, W) or (C, D, H, W)."""
