@@ -15,7 +15,8 @@ __extension__ typedef unsigned __int128 Wide;
 // n / divisor, for n >= 0. Both widths are kept: offsets below 2^31, nearly all, take the cheap one.
 class FastDiv {
  public:
-  constexpr explicit FastDiv(int64_t divisor = 1) : divisor_(uint64_t(divisor)) {
+  constexpr FastDiv() = default;
+  constexpr explicit FastDiv(int64_t divisor) : divisor_(uint64_t(divisor)) {
     while (shift_ < 63 && (uint64_t(1) << shift_) < divisor_) ++shift_;
     const Wide excess = (Wide(1) << shift_) - divisor_;
     magic_ = uint64_t((excess << 64) / divisor_) + 1;
@@ -57,7 +58,8 @@ struct Cursor {
 // Finds groups in a domain.
 class Indexer {
  public:
-  constexpr explicit Indexer(const Domain& domain = {}) : Indexer(simplify(domain), 0) {}
+  constexpr Indexer() : Indexer(Domain{}) {}
+  constexpr explicit Indexer(const Domain& domain) : Indexer(simplify(domain), 0) {}
 
   constexpr Cursor at(int64_t e) const {
     const int64_t run = cols_.divide(e);
