@@ -61,7 +61,7 @@ def _slope(act: Act, z: Tensor) -> Tensor:
     if act == Act.gelu:
         return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * torch.exp(-0.5 * z * z) * 0.39894228040143267794
     if act == Act.leaky_relu:
-        return torch.where(z <= 0, 0.01, 1.0)
+        return torch.where(z <= 0, torch.full_like(z, 0.01), 1.0)  # two scalars would make it float32
     return torch.ones_like(z)
 
 
