@@ -397,7 +397,7 @@ def edges() -> Iterator[Case]:
     for norm in ("layer", "rms"):
         for shape, dims in (((0, 5), 1), ((2, 0), 1), ((2, 0, 3), 2)):
             yield Case(norm, shape, dims=dims, params="w")
-    yield Case("group", (1, 1), groups=1)
+    yield Case("group", (2, 1), groups=1)
     yield Case("group", (2, 3, 1, 1), groups=3)
     yield Case("layer", (1, 1))
     yield Case("rms", (1, 1), params="w")
@@ -413,9 +413,9 @@ def large() -> Iterator[Case]:
     """Larger than what one block or one core holds."""
     for layout in ("contiguous", "channels_last"):
         for dtype in ("float32", "bfloat16"):
-            yield Case("batch", (4, 48, 56, 56), layout=layout, dtype=dtype, act="relu", residual="like")
-            yield Case("group", (2, 64, 48, 48), groups=32, layout=layout, dtype=dtype, act="silu")
-        yield Case("instance", (2, 6, 24, 24, 24), layout=layout, act="leaky_relu")
+            yield Case("batch", (2, 48, 40, 40), layout=layout, dtype=dtype, act="relu", residual="like")
+            yield Case("group", (2, 64, 32, 32), groups=32, layout=layout, dtype=dtype, act="silu")
+        yield Case("instance", (2, 3, 24, 24, 24), layout=layout, act="leaky_relu")
     for norm in ("layer", "rms"):
         for dtype in ("float32", "bfloat16"):
             yield Case(norm, (2100, 96), dtype=dtype, params="w")

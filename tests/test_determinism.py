@@ -32,7 +32,7 @@ def bits(case: Case, device: str = "cpu") -> dict[str, Tensor]:
 
 def assert_same(case: Case, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     for name in a:
-        different = int((a[name].view(torch.uint8) != b[name].view(torch.uint8)).sum())
+        different = int((a[name].contiguous().view(torch.uint8) != b[name].contiguous().view(torch.uint8)).sum())
         assert not different, f"{case}: {name} differs in {different} bytes"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ACTIVATIONS, NORMS, Case, Inputs, call, smoke
-from conftest import USED, Setup
+from conftest import SETUPS, USED, Setup
 from reference import compare, expected, inputs_for
 from torch import Tensor
 
@@ -54,6 +54,13 @@ def check(case: Case, backend: Setup) -> None:
             continue
         assert tensor._version == version, f"{name} was written to"
         assert torch.equal(tensor, value), f"{name} has changed"
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_backend_is_there(setup: Setup) -> None:
+    """All other tests run on the backends that are there; this one shows which are not."""
+    if setup.missing:
+        pytest.skip(setup.missing)
 
 
 def test_table(backend: Setup, case: Case) -> None:
