@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
-from sheet import Row, write  # noqa: E402
+from cases import Case  # noqa: E402
+from sheet import Sheet  # noqa: E402
 from sizes import layers  # noqa: E402
 
 
@@ -23,14 +23,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--csv", help="file for the long table of results")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")  # here and nowhere else: `pytest` alone runs the tests
+
+
+def identifier(layer: str, case: Case) -> str:
+    return f"{layer.replace(' ', '_')}-{case.layout}-{case.dtype}-{'x'.join(map(str, case.shape))}"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         option = metafunc.config.getoption
         on_gpu = option("--device").startswith("cuda")
         dtypes = option("--dtypes") or ("bfloat16,float32" if on_gpu else "float32")
         found = list(layers(option("--quick"), on_gpu, tuple(dtypes.split(",")), option("--table")))
-        ids = [f"{name.replace(' ', '_')}-{case.layout}-{case.dtype}-{'x'.join(map(str, case.shape))}" for name, case in found]
-        metafunc.parametrize("case", [case for _, case in found], ids=ids)
+        metafunc.parametrize("case", [pytest.param(case, id=identifier(name, case)) for name, case in found])
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +46,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def sheet(pytestconfig: pytest.Config) -> Iterator[list[Row]]:
+def sheet(pytestconfig: pytest.Config) -> Sheet:
     """Rows that end up in the file of --csv."""
-    rows: list[Row] = []
-    yield rows
-    if pytestconfig.getoption("--csv") and rows:
-        write(Path(pytestconfig.getoption("--csv")), rows)
+    path = pytestconfig.getoption("--csv")
+    return Sheet(Path(path).absolute() if path else None)

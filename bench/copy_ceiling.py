@@ -10,7 +10,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from sheet import Row, device_name, write  # noqa: E402
+from sheet import Row, Sheet, device_name  # noqa: E402
 
 from normkern.measure import interleaved  # noqa: E402
 
@@ -41,8 +41,9 @@ def main() -> None:
     rows = [row for megabytes in sizes for row in measure(device, megabytes)]
     for row in rows:
         print(f"{row.kernel_name:>5} {row.x_value:>5} MB {row.y_50:8.1f} GB/s")
-    if arguments.csv:
-        write(arguments.csv, rows)
+    sheet = Sheet(arguments.csv)
+    for row in rows:
+        sheet.add(row)
 
 
 if __name__ == "__main__":

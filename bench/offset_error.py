@@ -13,7 +13,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from sheet import Row, device_name, write  # noqa: E402
+from sheet import Row, Sheet, device_name  # noqa: E402
 
 import normkern.functional  # noqa: E402
 from normkern.measure import relative_error  # noqa: E402
@@ -65,16 +65,16 @@ def measure(norm: str, layout: str, offset: float, device: torch.device) -> list
 
 def show(rows: list[Row], metric: str) -> None:
     """A Markdown table of one metric: the one in the README."""
-    columns = sorted({(row.kernel_name, row.layout, row.kernel_provider) for row in rows}, key=lambda c: (c[:2], c[2] != "torch"))
+    found = {
+        (row.kernel_name, row.layout, row.kernel_provider, row.x_value): row.y_50
+        for row in rows
+        if row.metric == metric
+    }
     print(f"\n{metric}\n| norm, layout | library | " + " | ".join(f"mean/std {offset}" for offset in OFFSETS) + " |")
-    print("|---|---" + "|---" * len(OFFSETS) + "|")
-    for norm, layout, provider in columns:
-        found = {
-            row.x_value: row.y_50
-            for row in rows
-            if (row.kernel_name, row.layout, row.kernel_provider, row.metric) == (norm, layout, provider, metric)
-        }
-        print(f"| {norm}, {layout} | {provider} | " + " | ".join(f"{found[f'{offset:g}']:.1e}" for offset in OFFSETS) + " |")
+    print("|---|---" + "|---:" * len(OFFSETS) + "|")
+    for norm, layout, provider in dict.fromkeys(key[:3] for key in found):
+        errors = [f"{found[norm, layout, provider, str(offset)]:.1e}" for offset in OFFSETS]
+        print(f"| {norm}, {layout} | {provider} | " + " | ".join(errors) + " |")
 
 
 def main() -> None:
@@ -88,8 +88,9 @@ def main() -> None:
     rows = [row for case in cases for offset in OFFSETS for row in measure(*case, offset, device)]
     for metric in ("relative_error_output", "relative_error_dx", "relative_error_dweight"):
         show(rows, metric)
-    if arguments.csv:
-        write(arguments.csv, rows)
+    sheet = Sheet(arguments.csv)
+    for row in rows:
+        sheet.add(row)
 
 
 if __name__ == "__main__":

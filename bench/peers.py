@@ -1,5 +1,5 @@
-# Who is benchmarked: each rival computes a case of tests/cases.py, or says why it cannot. An absent rival is left out of
-# the results and never fails a run.
+# Who is benchmarked: each rival computes a case of tests/cases.py, or says why it cannot. An absent rival is left out
+# of the results and never fails a run.
 from __future__ import annotations
 
 from collections.abc import Callable

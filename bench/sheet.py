@@ -44,9 +44,19 @@ def text(value: object) -> object:
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [column.name for column in fields(Row)])
-        writer.writeheader()
-        writer.writerows({name: text(value) for name, value in asdict(row).items()} for row in rows)
+class Sheet:
+    """Rows as they come, each on disk at once: a run that is cut short keeps what it has measured."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.rows: list[Row] = []
+        self.path = path
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow([column.name for column in fields(Row)])
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if self.path:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow([text(value) for value in asdict(row).values()])

@@ -27,7 +27,15 @@ REAL = (
     ("style transfer", Case("instance", (2, 64, 128, 128))),
     ("nnu-net", Case("instance", (1, 32, 32, 64, 64))),
 )
-QUICK = ("resnet50 stage 1", "resnet50 stage 3", "sd unet 64x64", "sd unet 8x8", "vit-b/16", "llama 7b", "style transfer")
+QUICK = (
+    "resnet50 stage 1",
+    "resnet50 stage 3",
+    "sd unet 64x64",
+    "sd unet 8x8",
+    "vit-b/16",
+    "llama 7b",
+    "style transfer",
+)
 LAYOUTS = {"layer": ("contiguous", "transposed"), "rms": ("contiguous", "transposed")}
 MANY = 16
 

@@ -6,7 +6,6 @@ Everything is computed on the spot and repeatable: fixed seeds, own generators, 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -112,7 +111,7 @@ def train(norm: str, digits: Digits, epochs: int, device: torch.device, on_step:
         def step() -> None:
             optimizers[name].zero_grad()
             scores = models[name](digits.images[batch])
-            nn.functional.cross_entropy(scores, digits.labels[batch]).backward()
+            nn.functional.cross_entropy(scores, digits.labels[batch]).backward()  # type: ignore[no-untyped-call]
             optimizers[name].step()
             schedules[name].step()
 
@@ -278,6 +277,17 @@ def table(title: str, note: str, *columns: str, left: int = 1) -> Table:
     return made
 
 
+def without_repeats(rows: list[list[str]], columns: int) -> Iterator[list[str]]:
+    """The rows, with the first `columns` cells blank where they repeat the row above."""
+    above: list[str] = []
+    for row in rows:
+        same = 0
+        while same < columns and row[: same + 1] == above[: same + 1]:
+            same += 1
+        above = row
+        yield [""] * same + row[same:]
+
+
 def error_text(value: float, dtype: torch.dtype) -> str:
     ulp = torch.finfo(dtype).eps
     style = "green" if value <= 100 * ulp else "yellow" if value <= max(1e-2, 1000 * ulp) else "bold red"
@@ -296,7 +306,7 @@ def milliseconds(times: Times) -> str:
 
 def training_table(trainings: list[Training], epochs: int) -> Table:
     made = table(
-        f"A small convolutional network on real digits, {epochs} epoch{'s' * (epochs > 1)}, trained twice from the same seed",
+        f"A small network on real digits, {epochs} epoch{'s' * (epochs > 1)}, trained twice from the same seed",
         f"Accuracy on {TEST_IMAGES} test images; 'same answers': on which of them both networks agree; "
         "time per step: median.",
         "\nnorm",
@@ -333,9 +343,12 @@ def accuracy_table(results: list[Accuracy], dtype: torch.dtype) -> Table:
         "\nnormkern",
         left=2,
     )
+    lines = []
     for one in results:
         errors = [errors[name] for errors in (one.output, one.gradients) for name in ("torch", "normkern")]
-        made.add_row(one.row.op, one.row.layout, f"{one.offset:g}", *(error_text(value, dtype) for value in errors))
+        lines.append([one.row.op, one.row.layout, f"{one.offset:g}", *(error_text(value, dtype) for value in errors)])
+    for line in without_repeats(lines, 2):
+        made.add_row(*line)
     return made
 
 
@@ -347,18 +360,21 @@ def speed_table(results: list[Speed], dtype: torch.dtype, rounds: int) -> Table:
         f"Medians of {rounds} rounds in which the rivals take turns; 'faster': torch's time over normkern's."
         + (" torch runs without cuDNN; cudnn is torch with it." if cudnn else ""),
         "\nnorm",
-        "\nlayout",
         "\nshape",
+        "\nlayout",
         *("forward\ntorch", *(f"\n{name}" for name in rivals[1:]), "\nnormkern", "\nfaster"),
         *("+ backward\ntorch", *(f"\n{name}" for name in rivals[1:]), "\nnormkern", "\nfaster"),
         left=3,
     )
+    lines = []
     for one in results:
-        cells = []
+        cells = [one.row.op, "x".join(map(str, one.row.shape)), one.row.layout]
         for times in (one.forward, one.training):
             cells += [milliseconds(times[name]) if name in times else "" for name in (*rivals, "normkern")]
             cells.append(faster_text(times["torch"], times["normkern"]))
-        made.add_row(one.row.op, one.row.layout, "x".join(map(str, one.row.shape)), *cells)
+        lines.append(cells)
+    for line in without_repeats(lines, 2):
+        made.add_row(*line)
     return made
 
 

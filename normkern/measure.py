@@ -52,7 +52,7 @@ class Stopwatch:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self.flush.zero_()
         begin.record()
         call()
