@@ -128,20 +128,18 @@ def check_normalized_shape(name: str, normalized_shape: Sequence[int], x: Tensor
     if not isinstance(normalized_shape, tuple | list):
         raise TypeError(f"{name}: normalized_shape must be a tuple or list of ints; got {normalized_shape!r}")
     for size in normalized_shape:
-        if not isinstance(size, int | torch.SymInt):
+        if type(size) is not int and not isinstance(size, int | torch.SymInt):
             raise TypeError(f"{name}: normalized_shape must hold ints; got {normalized_shape!r}")
     shape = tuple(normalized_shape)
+    if shape and x.shape[-len(shape) :] == shape:
+        return shape
     if not shape:
         raise RuntimeError(f"{name}: normalized_shape must have at least one dimension; got {normalized_shape!r}")
-    if name.endswith("rms_norm") and x.dim() < len(shape):
-        raise ValueError(
-            f"{name}: input must have the {len(shape)} dimensions of normalized_shape {shape}; got shape {shape_of(x)}"
-        )
-    if x.shape[-len(shape) :] != shape:
-        raise RuntimeError(
-            f"{name}: normalized_shape must be the last dimensions of input; got {shape} and input of shape {shape_of(x)}"
-        )
-    return shape
+    # torch's rms_norm has a type of its own for this.
+    error = ValueError if name.endswith("rms_norm") and x.dim() < len(shape) else RuntimeError
+    raise error(
+        f"{name}: normalized_shape must be the last dimensions of input; got {shape} and input of shape {shape_of(x)}"
+    )
 
 
 def check_enough_values(name: str, count: int, unit: str, x: Tensor) -> None:

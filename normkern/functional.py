@@ -79,22 +79,22 @@ def _empty(x: Tensor, *others: Tensor | None) -> Tensor:
     return y
 
 
-def _track(running: Tensor, value: Tensor, momentum: float | Tensor) -> Tensor:
-    """The running statistic's next value, computed in float64."""
-    if isinstance(momentum, Tensor):
-        return value * momentum + running.to(value.dtype) * (1 - momentum)
-    return torch.add(value * momentum, running, alpha=1 - momentum)
+def _track(running: Tensor, value: Tensor, keep: float | Tensor, take: float | Tensor) -> Tensor:
+    """keep * running + take * value, in float64."""
+    if isinstance(keep, Tensor):
+        return value * take + running.to(value.dtype) * keep
+    return torch.add(value * take, running, alpha=keep)  # an operator less than the line above
 
 
 def _update_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float | Tensor
 ) -> None:
-    """Both or neither: everything that can fail comes before the first write."""
-    with torch.no_grad():
-        next_mean = _track(running_mean, mean, momentum)
-        next_var = _track(running_var, var * (count / (count - 1)), momentum)
-        running_mean.copy_(next_mean)
-        running_var.copy_(next_var)
+    """Both or neither: what can fail comes before the first write. None of these tensors requires gradients."""
+    keep = 1 - momentum
+    next_mean = _track(running_mean, mean, keep, momentum)
+    next_var = _track(running_var, var, keep, momentum * (count / (count - 1)))
+    running_mean.copy_(next_mean)
+    running_var.copy_(next_var)
 
 
 def batch_norm(

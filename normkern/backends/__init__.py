@@ -104,7 +104,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def forced_backend() -> str | None:
     """The name that use_backend or NORMKERN_BACKEND asks for, if any."""
-    if torch.compiler.is_compiling() and _forced_anywhere:
+    if _forced_anywhere and torch.compiler.is_compiling():
         return _forced_anywhere[-1]
     return _forced.name
 

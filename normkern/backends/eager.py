@@ -115,12 +115,15 @@ def apply(
     given = problem.moments == Moments.given
     xhat, _, group_mean, group_var = _xhat(problem, x, mean if given else None, var if given else None)
     y = _unviewed(_activate(problem.act, _affine(problem, xhat, weight, bias, residual)), x)
-    nothing = x.new_empty(0, dtype=torch.float64)
     return (
         y,
-        nothing if given or group_mean is None else group_mean.reshape(-1),
-        nothing if given else group_var.reshape(-1),
+        _nothing(x) if given or group_mean is None else group_mean.reshape(-1),
+        _nothing(x) if given else group_var.reshape(-1),
     )
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.float64)
 
 
 def normalize(
@@ -171,9 +174,7 @@ class Eager:
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             y, group_mean, group_var = apply(problem, x, weight, bias, residual, mean, var)
-        if not save:
-            group_mean = group_var = x.new_empty(0, dtype=torch.float64)
-        return y, group_mean, group_var
+        return (y, group_mean, group_var) if save else (y, _nothing(x), _nothing(x))
 
     def backward(
         self,
@@ -193,7 +194,7 @@ class Eager:
     def moments(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             mean, var = _moments(problem.moments, _viewed(x, problem.stats))
-        return x.new_empty(0, dtype=torch.float64) if mean is None else mean.reshape(-1), var.reshape(-1)
+        return _nothing(x) if mean is None else mean.reshape(-1), var.reshape(-1)
 
 
 def _gradients(
