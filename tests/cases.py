@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "leaky_relu": F.leaky_relu,
 }
-DENSE_LAYOUTS = ("contiguous", "channels_last", "offset", "channels_last_offset", "transposed")
+DENSE_LAYOUTS = ("contiguous", "channels_last", "offset", "channels_last_offset", "transposed", "swapped")
 CONSTANT = 0.1  # not a binary fraction: a mean that rounds shows
 
 
@@ -136,6 +136,8 @@ def in_layout(values: Tensor, layout: str) -> Tensor:
     order = list(range(rank))
     if layout.startswith("channels_last"):
         order = [0, *range(2, rank), 1]
+    if layout == "swapped":  # channels outermost
+        order[:2] = 1, 0
     if layout == "transposed":
         order[-2:] = order[:-3:-1]
     if layout in ("sliced", "cropped"):
@@ -330,6 +332,7 @@ def table() -> list[Case]:
                 "contiguous",
                 "channels_last",
                 "transposed",
+                "swapped",
                 "offset",
                 "channels_last_offset",
                 "sliced",
