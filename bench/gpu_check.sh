@@ -132,7 +132,7 @@ stage tests 200 "$python" -m pytest -q --tb=short --rootdir "$repo" -c "$repo/py
   --junitxml "$out/tests.xml"
 stage copy 40 "$python" "$repo/bench/copy_ceiling.py" --device "$device" --csv "$out/copy.csv"
 stage bench 150 "$python" -m pytest -q --tb=short --rootdir "$repo" -c "$repo/pyproject.toml" -p no:cacheprovider \
-  "$repo/bench/bench_norms.py" --device "$device" --csv "$out/norms.csv" "${quick[@]}"
+  --benchmark-columns=median,iqr,rounds --benchmark-sort=name "$repo/bench/bench_norms.py" --device "$device" --csv "$out/norms.csv" "${quick[@]}"
 stage offset 40 "$python" "$repo/bench/offset_error.py" --device "$device" --csv "$out/offset_error.csv"
 if [ "$dry" = 1 ]; then
   stage demo 60 env COLUMNS=100 "$python" -m normkern demo --quick
