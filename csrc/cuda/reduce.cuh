@@ -212,13 +212,13 @@ NK_DEVICE void merge_columns(R* merged, int columns, int64_t pieces, Piece piece
   const int member = team > 1 ? int(threadIdx.x) / columns : 0, start = int(threadIdx.x) - member * columns;
   if (member < team)
     for (int column = start; column < columns; column += threads)
-      merged[member * columns + column] = piece(column, pieces * member / team, pieces * (member + 1) / team);
+      put(merged[member * columns + column], piece(column, pieces * member / team, pieces * (member + 1) / team));
   for (int left = team; left > 1;) {
     const int half = (left + 1) / 2;
     __syncthreads();
     if (member + half < left) {
       R& mine = merged[member * columns + start];
-      mine = merge(mine, merged[(member + half) * columns + start]);
+      put(mine, merge(mine, merged[(member + half) * columns + start]));
     }
     left = half;
   }
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
       Column* const mine = lanes + lane * pitch + (top.e - begin) + offset_of(lane);
       NK_UNROLL
       for (int i = 0; i < V; ++i)
-        if (i < top.n) mine[i] = state.column(i);
+        if (i < top.n) put(mine[i], state.column(i));
     }
     __syncthreads();
     merge_columns(merged, columns, tile.lanes, [&](int column, int64_t from, int64_t to) {

@@ -50,7 +50,7 @@ NK_DEVICE void stage_chunk(Vec<T, V>* to, const T* data, const Chunk& c) {
   if constexpr (sizeof(Vec<T, V>) == kAccessBytes) {
     if (c.n == V) return copy_async16(to, data + c.e);
   }
-  if (c.n > 0) *to = load_chunk<T, V>(data, c);
+  if (c.n > 0) store<T, V>(to->v, load_chunk<T, V>(data, c));
 }
 
 template <class T, int V>
