@@ -6,6 +6,7 @@ a backward that has to be differentiable itself goes through the eager formula.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,7 +62,13 @@ class _Normalize(torch.autograd.Function):
         _, _, need_x, need_weight, need_bias, need_residual, _, _ = ctx.needs_input_grad
         if _must_be_differentiable(dy):
             wanted = need_x, need_weight, need_bias, need_residual
-            return None, None, *_differentiable_backward(problem, wanted, dy, x, weight, bias, residual, mean, var), None, None
+            return (
+                None,
+                None,
+                *_differentiable_backward(problem, wanted, dy, x, weight, bias, residual, mean, var),
+                None,
+                None,
+            )
 
         dx = dweight = dbias = dresidual = None
         needs = need_x * NEED_DX | need_weight * NEED_DWEIGHT | need_bias * NEED_DBIAS
@@ -81,7 +88,7 @@ class _Normalize(torch.autograd.Function):
 
 
 # Function.apply without what it does for torch.func, which never comes here (see _transformed): 4 of 12 us a call.
-_run = super(torch.autograd.Function, _Normalize).apply
+_run: Any = super(torch.autograd.Function, _Normalize).apply
 
 
 def _must_be_differentiable(dy: Tensor) -> bool:
@@ -106,19 +113,21 @@ def _differentiable_backward(
     create_graph = torch.is_grad_enabled()
     inputs = [x, weight, bias, residual]
     targets = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
-    gradients = iter(())
+    gradients: Iterator[Tensor] = iter(())
     if targets:
         with torch.enable_grad():
             y = eager.normalize(problem, x, weight, bias, residual, mean, var)
         gradients = iter(torch.autograd.grad(y, targets, dy, create_graph=create_graph))
-    found = [next(gradients) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True)]
+    found: list[Tensor | None] = [
+        next(gradients) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True)
+    ]
     if wanted[3] and residual is None:  # not saved, because without an activation it only passes dy on
         found[3] = dy
     return found
 
 
 def _transformed() -> bool:
-    """Inside torch.func's grad, vmap, jvp, ... or forward-mode differentiation, which compiled kernels cannot follow."""
+    """Inside torch.func's grad, vmap or jvp, or forward-mode differentiation: compiled kernels cannot follow there."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -171,5 +180,5 @@ def moments(domain: Domain, x: Tensor) -> tuple[Tensor, Tensor]:
         return eager.differentiable_moments(domain, x)
     backend = select(x)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Moments.apply(problem, backend, x)  # type: ignore[no-any-return]
+        return _Moments.apply(problem, backend, x)  # type: ignore[no-any-return,no-untyped-call]
     return backend.moments(problem, x)

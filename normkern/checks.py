@@ -65,9 +65,7 @@ def check_residual(name: str, residual: Tensor | None, x: Tensor) -> None:
         return
     _check_tensor(name, "residual", residual, x)
     if residual.shape != x.shape:
-        raise ValueError(
-            f"{name}: residual must have the shape of input; got {shape_of(residual)} and {shape_of(x)}"
-        )
+        raise ValueError(f"{name}: residual must have the shape of input; got {shape_of(residual)} and {shape_of(x)}")
     if residual.dtype != x.dtype:
         raise ValueError(f"{name}: residual must have the dtype of input; got {residual.dtype} and {x.dtype}")
 
@@ -81,8 +79,9 @@ def check_running(
         raise RuntimeError(f"{name}: {missing} must be given where {used}; got None")
     if (mean is None) != (var is None):
         given, missing = ("running_mean", "running_var") if var is None else ("running_var", "running_mean")
-        raise ValueError(f"{name}: running_mean and running_var must both be given or both be None; got {given} "
-                         f"and no {missing}")
+        raise ValueError(
+            f"{name}: running_mean and running_var must both be given or both be None; got {given} and no {missing}"
+        )
     for what, t in (("running_mean", mean), ("running_var", var)):
         if t is not None and isinstance(t, Tensor) and t.requires_grad:
             raise RuntimeError(f"{name}: {what} must not require gradients; got requires_grad=True")
@@ -100,7 +99,9 @@ def check_flag(name: str, what: str, value: bool) -> None:
 def check_float(name: str, what: str, value: float) -> float:
     if type(value) is float:
         return value
-    if isinstance(value, int | float | torch.SymFloat | torch.SymInt) or (isinstance(value, Tensor) and value.dim() == 0):
+    if isinstance(value, int | float | torch.SymFloat | torch.SymInt) or (
+        isinstance(value, Tensor) and value.dim() == 0
+    ):
         return float(value)
     raise TypeError(f"{name}: {what} must be a float; got {value!r}")
 
@@ -145,9 +146,7 @@ def check_normalized_shape(name: str, normalized_shape: Sequence[int], x: Tensor
 def check_enough_values(name: str, count: int, unit: str, x: Tensor) -> None:
     """One value has no variance: torch refuses to normalize it."""
     if count == 1:
-        raise ValueError(
-            f"{name}: Expected more than 1 {unit} when training, got input size {list(x.shape)}"
-        )
+        raise ValueError(f"{name}: Expected more than 1 {unit} when training, got input size {list(x.shape)}")
 
 
 def spatial_count(x: Tensor) -> int:

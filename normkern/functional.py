@@ -27,7 +27,7 @@ from normkern.checks import (
     shape_of,
     spatial_count,
 )
-from normkern.problem import Act, Problem
+from normkern.problem import Problem
 
 # A constructor of problem.py: from sizes, strides and what the norm adds to the problem, or None where they do not fit.
 Geometry = Callable[..., Problem | None]
@@ -237,8 +237,7 @@ def _rms_norm(
     check_input(name, x, 0)
     if eps is None:
         eps = 2.0**-52 if x.dtype is torch.float64 else 2.0**-23
-    else:
-        eps = check_float(name, "eps", eps)
+    eps = check_float(name, "eps", eps)
     return _layer_norm(name, x, normalized_shape, weight, None, eps, residual, act, second=True)
 
 
@@ -392,7 +391,9 @@ def _checked_dims(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
         if not isinstance(d, int):
             raise TypeError(f"moments: dim must be an int or a sequence of ints; got {dim!r}")
         if not -rank <= d < rank:
-            raise IndexError(f"moments: dim must be in {-rank} to {rank - 1}; got dim={d} and input of shape {shape_of(x)}")
+            raise IndexError(
+                f"moments: dim must be in {-rank} to {rank - 1}; got dim={d} and input of shape {shape_of(x)}"
+            )
     found = sorted({d % rank for d in asked})
     if len(found) != len(asked):
         raise RuntimeError(f"moments: dim must not name a dimension twice; got dim={dim!r}")

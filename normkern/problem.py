@@ -198,9 +198,7 @@ def group(
 
 
 @cached
-def instance(
-    shape: Sequence[int], strides: Sequence[int], act: Act = Act.none, eps: float = 1e-5
-) -> Problem | None:
+def instance(shape: Sequence[int], strides: Sequence[int], act: Act = Act.none, eps: float = 1e-5) -> Problem | None:
     """Moments over the positions of every channel of every sample; a weight per channel."""
     pair = _pair([Axis(n, s, dim < 2, dim == 1) for dim, (n, s) in enumerate(zip(shape, strides, strict=True))])
     if pair is None:

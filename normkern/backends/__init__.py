@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -67,16 +67,18 @@ BACKENDS: dict[str, Backend] = {"native": Native(), "eager": Eager()}
 
 
 class _Forced(threading.local):
-    """The name that is forced in this thread."""
+    """The backend that is forced in this thread."""
 
-    name: str | None = os.environ.get("NORMKERN_BACKEND") or None
+    backend: Backend | None = None
 
 
 _forced = _Forced()
 
 # The same for all threads together, innermost last: torch.compile sees a change of a global, but none of a
 # threading.local, and would go on with the backend of the first call.
-_forced_anywhere: list[str] = []
+_forced_anywhere: list[Backend] = []
+
+_environment = os.environ.get("NORMKERN_BACKEND") or None
 
 _announced: set[str] = set()
 
@@ -89,34 +91,39 @@ def _existing(name: str, source: str) -> Backend:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every call of this thread inside the block on one backend: "native" or "eager"."""
-    _existing(name, "use_backend")
-    before = _forced.name
-    _forced.name = name
-    _forced_anywhere.append(name)
+def run_on(backend: Backend) -> Iterator[None]:
+    """Run every call of this thread inside the block on this backend."""
+    before = _forced.backend
+    _forced.backend = backend
+    _forced_anywhere.append(backend)
     try:
         yield
     finally:
-        _forced.name = before
-        _forced_anywhere.remove(name)
+        _forced.backend = before
+        _forced_anywhere.remove(backend)
 
 
-def forced_backend() -> str | None:
-    """The name that use_backend or NORMKERN_BACKEND asks for, if any."""
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Run every call of this thread inside the block on one backend: "native" or "eager"."""
+    return run_on(_existing(name, "use_backend"))
+
+
+def forced_backend() -> Backend | None:
+    """What use_backend or NORMKERN_BACKEND asks for, if anything."""
     if _forced_anywhere and torch.compiler.is_compiling():
         return _forced_anywhere[-1]
-    return _forced.name
+    if _forced.backend is not None:
+        return _forced.backend
+    return None if _environment is None else _existing(_environment, "NORMKERN_BACKEND")
 
 
 def select(x: Tensor) -> Backend:
     """The backend that runs a call on x."""
-    name = forced_backend()
-    if name is not None:
-        forced = _existing(name, "NORMKERN_BACKEND")
+    forced = forced_backend()
+    if forced is not None:
         why = forced.why_not(x)
         if why is not None:
-            raise RuntimeError(f"normkern: backend {name!r} is asked for but cannot run: {why}")
+            raise RuntimeError(f"normkern: backend {forced.name!r} is asked for but cannot run: {why}")
         return forced
     for backend in BACKENDS.values():
         why = backend.why_not(x)

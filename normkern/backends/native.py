@@ -6,6 +6,7 @@ says in one sentence why a device cannot be served.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def _load(file: str, remedy: str) -> str | None:
     if not path.exists():
         return f"no compiled kernels found ({file} is missing); {remedy}"
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{file} does not load ({error}); {_REBUILD}"
     return None
@@ -37,7 +38,9 @@ class Native:
     def __init__(self) -> None:
         self.cpu_why_not = _load("_C_cpu.so", _REBUILD)
         # The operators' schemas are in the CPU library.
-        self.cuda_why_not = self.cpu_why_not or _load("_C_cuda.so", f"{_REBUILD} and NORMKERN_CUDA=1, with nvcc on PATH")
+        self.cuda_why_not = self.cpu_why_not or _load(
+            "_C_cuda.so", f"{_REBUILD} and NORMKERN_CUDA=1, with nvcc on PATH"
+        )
         if self.cpu_why_not is None:
             _register_fakes()
             # Looking an operator up costs more than calling it.
@@ -131,7 +134,9 @@ def _group_vectors(x: Tensor, stats: list[int], moments: int, save: bool) -> tup
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("normkern::forward")
+    register: Callable[[str], Callable[[Callable[..., object]], object]] = torch.library.register_fake
+
+    @register("normkern::forward")
     def forward(
         x: Tensor,
         weight: Tensor | None,
@@ -148,7 +153,7 @@ def _register_fakes() -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _like(x), *_group_vectors(x, stats, moments, save)
 
-    @torch.library.register_fake("normkern::backward")
+    @register("normkern::backward")
     def backward(
         dy: Tensor,
         x: Tensor,
@@ -172,6 +177,6 @@ def _register_fakes() -> None:
             _like(x, bool(needs & 8)),
         )
 
-    @torch.library.register_fake("normkern::moments")
+    @register("normkern::moments")
     def moments(x: Tensor, stats: list[int], moments: int) -> tuple[Tensor, Tensor]:
         return _group_vectors(x, stats, moments, True)

@@ -31,13 +31,13 @@ class _WithAct(torch.nn.Module):
         return stock if self.act is None else f"{stock}, act={self.act!r}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("act", None)
 
 
 class _BatchNorm(_WithAct, torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         tracking = self.training and self.track_running_stats
         batches = self.num_batches_tracked if tracking else None
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
@@ -78,9 +78,7 @@ class GroupNorm(_WithAct, torch.nn.GroupNorm):
     """torch.nn.GroupNorm: (N, C, ...)."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return F.group_norm(
-            input, self.num_groups, self.weight, self.bias, self.eps, residual=residual, act=self.act
-        )
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, residual=residual, act=self.act)
 
 
 class LayerNorm(_WithAct, torch.nn.LayerNorm):
@@ -101,7 +99,7 @@ class RMSNorm(_WithAct, torch.nn.RMSNorm):
 
 class _InstanceNorm(_WithAct, torch.nn.modules.instancenorm._InstanceNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         unbatched = input.dim() == self._get_no_batch_dim()  # type: ignore[no-untyped-call]
         self._check_features(input, 0 if unbatched else 1)
         if unbatched:
