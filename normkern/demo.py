@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import normkern
 import normkern.functional
 import normkern.nn
+from normkern.info import build_lines, device_lines
 from normkern.measure import Call, Stopwatch, Times, interleaved, largest_error
 
 SEED = 2024
@@ -168,18 +169,20 @@ class Row:
         weight, bias = torch.randn((2, size), generator=generator, dtype=torch.float64).to(device, dtype)
         return weight + 1, bias
 
+    def arguments(self, weight: Tensor, bias: Tensor) -> tuple[object, ...]:
+        """What follows the input, for torch's function and normkern's alike."""
+        width = self.shape[-1:]
+        arguments: dict[str, tuple[object, ...]] = {
+            "batch_norm": (None, None, weight, bias, True),
+            "group_norm": (32, weight, bias),
+            "instance_norm": (None, None, weight, bias),
+            "layer_norm": (width, weight, bias),
+            "rms_norm": (width, weight, 1e-6),  # the default depends on the dtype
+        }
+        return arguments[self.op]
+
     def call(self, library: ModuleType, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y: Tensor
-        if self.op == "batch_norm":
-            y = library.batch_norm(x, None, None, weight, bias, training=True)
-        elif self.op == "group_norm":
-            y = library.group_norm(x, 32, weight, bias)
-        elif self.op == "instance_norm":
-            y = library.instance_norm(x, None, None, weight, bias)
-        elif self.op == "layer_norm":
-            y = library.layer_norm(x, x.shape[-1:], weight, bias)
-        else:
-            y = library.rms_norm(x, x.shape[-1:], weight, 1e-6)  # the default depends on the dtype
+        y: Tensor = getattr(library, self.op)(x, *self.arguments(weight, bias))
         return y
 
 
@@ -378,6 +381,31 @@ def speed_table(results: list[Speed], dtype: torch.dtype, rounds: int) -> Table:
     return made
 
 
+def backend_table(compared: list[Row], dtype: torch.dtype, device: torch.device) -> Table:
+    """Who computed each row, as normkern.explain tells it, and how a GPU does or would do it."""
+    found = []
+    for row in compared:
+        x = row.input(0, dtype, device)
+        found.append(normkern.explain(row.op, x, *row.arguments(*row.affine(dtype, device))))
+    chips = {one.chip.name for one in found if one.chip and one.passes}
+    planned = f"plan on {'this GPU' if device.type == 'cuda' else '/'.join(chips)}" if chips else "GPU plan"
+    made = table("What ran", "", "\nnorm", "\nlayout", "\nbackend", "\ngroups", "elements\nof each", left=3)
+    made.caption = "'normkern.explain' says more of any call." + (
+        "" if device.type == "cuda" else " The plan is what the CUDA kernels would do; nothing of it ran here."
+    )
+    for title in (f"{planned}\nforward", "\nbackward"):
+        made.add_column(title, no_wrap=True)
+    lines = []
+    for row, one in zip(compared, found, strict=True):
+        plans = [planned_pass.plan.strategy.name for planned_pass in one.passes] or ["not built"] * 2
+        stats = one.problem.stats if one.problem else None
+        sizes = [f"{stats.groups:,}", f"{stats.count:,}"] if stats else ["", ""]
+        lines.append([row.op, row.layout, one.backend or "none", *sizes, *plans])
+    for line in without_repeats(lines, 1):
+        made.add_row(*line)
+    return made
+
+
 # --------------------------------------------------------------------------------------------------- the whole
 
 
@@ -437,4 +465,7 @@ def run(
                 speeds.append(speed(row, rounds, dtype, target))
                 progress.advance(bar)
         console.print(speed_table(speeds, dtype, rounds))
+    console.print(backend_table(compared, dtype, target))
+    for name, value in (*build_lines(), *device_lines()):
+        console.print(f"{name:<13} {value}", highlight=False)
     return Report(trainings, accuracies, speeds)

@@ -19,10 +19,13 @@ from normkern import demo  # noqa: E402
 @pytest.fixture(scope="module")
 def quick() -> tuple[demo.Report, str]:
     console = Console(width=100, record=True, quiet=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # others may be testing on the same cores, and threads that wait for each other would crawl
     before = torch.get_rng_state(), torch.get_num_threads(), torch.backends.cudnn.enabled
     report = demo.run(quick=True, device="cpu", console=console)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (torch.get_num_threads(), torch.backends.cudnn.enabled)
+    torch.set_num_threads(threads)
     return report, console.export_text()
 
 
