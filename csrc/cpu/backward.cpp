@@ -1,0 +1,331 @@
+// backward.cpp: two sums over every statistics group give dx, two over every weight give dweight and dbias.
+//
+// Both pairs come from one sweep. Tasks add weight gradients to a float64 share of their own, and the shares are added
+// up in the order of the tasks. As in forward.cpp, one task does both sweeps where x and dy stay in the cache.
+#include <vector>
+
+#include "layout.h"
+
+namespace normkern::cpu {
+namespace {
+
+constexpr int64_t kFusedBytes = 1 << 20;  // of x and dy that still are in a cache in the second sweep
+constexpr int64_t kBlockBytes = 1 << 15;  // of the small groups that are summed before dx is written
+
+template <class A>
+class Backward {
+ public:
+  Backward(const Kernels<A>& kernels, const Problem& p, const Layout& l, const BackwardArgs& a, const Threads& threads)
+      : kernels_(kernels),
+        p_(p),
+        l_(l),
+        a_(a),
+        threads_(threads),
+        weight_(l, a.weight, A(1)),
+        bias_(l, a.bias, A(0)),
+        elements_{a.x, a.dy, a.residual, nullptr, a.dx, a.dresidual, weight_.data(), bias_.data(), p.act},
+        wants_weights_(a.dweight.data || a.dbias.data),
+        wants_sums_(a.dx && p.moments != Moments::given) {}
+
+  void run() {
+    const int64_t wanted = wanted_tasks(l_.stats.numel(), threads_);
+    const bool contiguous = l_.stats.rows == 1;
+    const int64_t pieces = contiguous ? l_.stats.keep : l_.stats.batch;
+    const int64_t bytes = (contiguous ? l_.stats.cols : l_.slice()) * size_of(p_.dtype) * 2;
+    if (pieces >= wanted && bytes <= kFusedBytes)
+      fused(wanted, pieces, std::max<int64_t>(1, bytes));
+    else
+      split(wanted);
+    if (wants_weights_) add_shares();
+  }
+
+ private:
+  // The weights that a task meets, in float64; `first` is an entry, or with columns a group of the affine domain.
+  struct Share {
+    int64_t first = 0, count = 0;
+    Buffer<double> dbias, dweight;
+  };
+
+  void fused(int64_t wanted, int64_t pieces, int64_t bytes) {
+    const bool contiguous = l_.stats.rows == 1;
+    const int64_t step = contiguous ? std::max<int64_t>(1, std::min(ceil_div(pieces, wanted), kBlockBytes / bytes)) : 1;
+    const int64_t groups = contiguous ? step : l_.stats.keep, entries = contiguous ? step : l_.entries_of_batch();
+    Workspace all(wanted, groups, entries);
+    Centers<A> centers(wanted * entries);
+    shares_.resize(wanted);
+    parallel(threads_, wanted, [&](int64_t task) {
+      const int64_t begin = Grid::cut(pieces, wanted, task), end = Grid::cut(pieces, wanted, task + 1);
+      const int64_t piece = l_.stats.numel() / pieces;
+      open(shares_[task], begin * piece, end * piece - 1);
+      for (int64_t i = begin; i < end; i += step) {
+        Box box = l_.whole(contiguous ? 0 : i);
+        if (contiguous) box.k0 = i, box.k1 = std::min(end, i + step);
+        read_moments(box, task * entries, centers);
+        const auto w = all.of(task);
+        if (wants_sums_ || wants_weights_) sum(box, centers.at(task * entries), w, shares_[task]);
+        finish(box, w.sums, w);
+        slope(box, centers.at(task * entries), w);
+      }
+    });
+  }
+
+  void split(int64_t wanted) {
+    const Grid grid(l_, wanted, wants_weights_);
+    const int64_t most = grid.box_groups(), tasks = grid.count(), batch_entries = l_.entries_of_batch();
+    Centers<A> centers(l_.stats.batch * batch_entries);
+    for (int64_t b = 0; b < l_.stats.batch; ++b) read_moments(l_.whole(b), b * batch_entries, centers);
+    const int64_t box_entries = std::max(most, l_.columns ? l_.width : 0);
+    Workspace all(tasks, most, box_entries);
+    shares_.resize(tasks);
+    if (wants_sums_ || wants_weights_) {
+      parallel(threads_, tasks, [&](int64_t task) {
+        const int64_t first = grid.first_batch(task);
+        const Box box = grid.box(task, first);
+        open_box(shares_[task], box, grid.last_batch(task) - first);
+        auto w = all.of(task);
+        for (int64_t b = first; b < grid.last_batch(task); ++b) {
+          Box at = box;
+          at.b = b;
+          sum(at, centers.at(b * batch_entries + l_.first_entry(box)), w, shares_[task]);
+          w.sums += box.groups();
+        }
+      });
+    }
+    if (!a_.dx && !a_.dresidual) return;
+    // Every task merges the groups that it needs, in the order of the boxes: cheaper than another round of tasks.
+    Workspace merged(tasks, most, box_entries);
+    parallel(threads_, tasks, [&](int64_t task) {
+      const int64_t per_batch = grid.rows * grid.keeps * grid.cols;
+      const int64_t first = task / per_batch * per_batch + task / grid.cols % grid.keeps * grid.cols;
+      const auto w = merged.of(task);
+      int64_t offset = 0;
+      for (int64_t b = grid.first_batch(task); b < grid.last_batch(task); ++b) {
+        const Box box = grid.box(task, b);
+        for (int64_t k = 0; k < box.groups(); ++k) {
+          Sums s;
+          for (int64_t r = 0; r < grid.rows && wants_sums_; ++r)
+            for (int64_t c = 0; c < grid.cols; ++c)
+              s = merge(s, all.of(first + r * grid.keeps * grid.cols + c).sums[offset + k]);
+          w.sums[k] = s;
+        }
+        offset += box.groups();
+        finish(box, w.sums, w);
+        slope(box, centers.at(b * batch_entries + l_.first_entry(box)), w);
+      }
+    });
+  }
+
+  // Scratch of one task: sums of its groups, then two numbers for each of its entries, for either sweep.
+  struct Scratch {
+    Sums* sums;
+    double *first, *second;
+    A *mean_g, *mean_g_xhat;
+  };
+
+  struct Workspace {
+    int64_t groups, entries;
+    Buffer<Sums> sums;
+    Buffer<double> numbers;
+    Buffer<A> means;
+    Workspace(int64_t tasks, int64_t g, int64_t e)
+        : groups(g), entries(e), sums(buffer<Sums>(tasks * g)), numbers(buffer<double>(tasks * e * 2)), means(buffer<A>(tasks * e * 2)) {}
+    Scratch of(int64_t task) const {
+      double* n = numbers.get() + task * entries * 2;
+      A* m = means.get() + task * entries * 2;
+      return {sums.get() + task * groups, n, n + entries, m, m + entries};
+    }
+  };
+
+  void read_moments(const Box& box, int64_t first, Centers<A>& centers) const {
+    const auto read = [](Param param, int64_t i) {
+      double value = 0;
+      with_type(param.dtype, [&](auto type) { value = to_double(static_cast<const decltype(type)*>(param.data)[i]); });
+      return value;
+    };
+    set_centers(l_, box, p_.eps, first, centers, [&](int64_t k) {
+      const int64_t group = box.b * l_.stats.keep + box.k0 + k;
+      return Spread{1, p_.moments == Moments::second ? 0 : read(a_.mean, group), read(a_.var, group)};
+    });
+  }
+
+  // ---- shares of weight gradients ----
+
+  int64_t entry_of(int64_t e) const {
+    const Lookup& l = l_.lookup;
+    const int64_t run = e / l.length, slice = run / l.runs / l.rows;
+    return l.by_element ? slice * l.length + e % l.length : slice * l.runs + run % l.runs;
+  }
+
+  // Room for the weights of the elements e0 to e1.
+  void open(Share& share, int64_t e0, int64_t e1) const {
+    if (!wants_weights_) return;
+    int64_t first = 0, last = l_.columns ? l_.affine.groups() - 1 : l_.entries - 1;
+    if (!l_.columns) {
+      const Lookup& l = l_.lookup;
+      const int64_t line = l.runs * l.length, per_slice = l.by_element ? l.length : l.runs;
+      const bool in_order = l.rows == 1 || e0 / line == e1 / line;
+      first = in_order ? entry_of(e0) : e0 / (line * l.rows) * per_slice;
+      last = in_order ? entry_of(e1) : e1 / (line * l.rows) * per_slice + per_slice - 1;
+    }
+    reserve(share, first, last);
+  }
+
+  // The same for a box, for which all batches and all rows, or all groups of a contiguous domain, may use the same.
+  void open_box(Share& share, const Box& box, int64_t batches) const {
+    if (!wants_weights_) return;
+    if (l_.columns)
+      return reserve(share, box.k0 * l_.stats.cols / l_.affine.cols, (box.k1 * l_.stats.cols - 1) / l_.affine.cols);
+    const Runs r = l_.runs(box);
+    const int64_t line = l_.lookup.runs * l_.lookup.length;
+    const bool one_slice = l_.affine.batch == 1 && l_.lookup.rows > 1;
+    // Every run begins at the same place of a line of weights.
+    if (l_.stats.rows == 1 && one_slice && l_.stats.cols % line == 0) return open(share, r.first, r.first + r.length - 1);
+    const int64_t last_of_line = r.first + (r.count - 1) * l_.stats.cols + r.length - 1;
+    if (one_slice && l_.line % line == 0) return open(share, r.first, last_of_line);
+    open(share, r.first, last_of_line + (batches - 1) * l_.slice() + (r.lines - 1) * r.stride);
+  }
+
+  void reserve(Share& share, int64_t first, int64_t last) const {
+    share.first = first;
+    share.count = last - first + 1;
+    share.dbias = buffer<double>(share.count);
+    share.dweight = buffer<double>(share.count);
+    std::fill_n(share.dbias.get(), share.count, 0.0);
+    std::fill_n(share.dweight.get(), share.count, 0.0);
+  }
+
+  void add_shares() {
+    const int64_t groups = l_.affine.groups(), per_weight = l_.entries_per_weight();
+    int64_t work = 0;
+    for (const Share& s : shares_) work += s.count;
+    const int64_t parts = std::min(groups, wanted_tasks(work, threads_));
+    parallel(threads_, parts, [&](int64_t part) {
+      const int64_t g0 = Grid::cut(groups, parts, part), g1 = Grid::cut(groups, parts, part + 1);
+      std::vector<Sums> sums(g1 - g0);
+      for (const Share& s : shares_) {
+        const int64_t end = std::min(g1 * per_weight, s.first + s.count);
+        for (int64_t e = std::max(g0 * per_weight, s.first); e < end; ++e) {
+          Sums& to = sums[e / per_weight - g0];
+          to = merge(to, Sums{s.dbias[e - s.first], s.dweight[e - s.first]});
+        }
+      }
+      const auto write = [&](Grad grad, double Sums::*which) {
+        if (!grad.data) return;
+        with_type(grad.dtype, [&](auto type) {
+          auto* to = static_cast<decltype(type)*>(grad.data);
+          for (int64_t g = g0; g < g1; ++g) from_double(sums[g - g0].*which, to[g]);
+        });
+      };
+      write(a_.dbias, &Sums::first);
+      write(a_.dweight, &Sums::second);
+    });
+  }
+
+  // ---- the two sweeps over a box ----
+
+  Elements<A> elements(const Box& box) const {
+    Elements<A> e = elements_;
+    if (l_.columns) {
+      e.weight += l_.first_entry(box);
+      e.bias += l_.first_entry(box);
+    }
+    return e;
+  }
+
+  void sum(const Box& box, Center<A> center, const Scratch& w, const Share& share) const {
+    const int64_t n = l_.entries_of(box), groups = box.groups();
+    std::fill_n(w.first, n, 0.0);
+    std::fill_n(w.second, n, 0.0);
+    const Elements<A> e = elements(box);
+    if (!l_.columns) {
+      const BackwardSums s = {wants_sums_ ? w.first : nullptr, w.second, share.dbias.get(), share.dweight.get(), share.first};
+      Runs r = l_.runs(box);
+      if (r.length == l_.stats.cols || r.count == 1) {
+        kernels_.sums_runs(e, r, l_.lookup, center, s);
+      } else {
+        for (Box one = box; one.k0 < box.k1; ++one.k0) {
+          one.k1 = one.k0 + 1;
+          const int64_t k = one.k0 - box.k0;
+          const BackwardSums at = {s.g ? s.g + k : nullptr, s.g_xhat + k, s.dbias, s.dweight, s.origin};
+          kernels_.sums_runs(e, l_.runs(one), l_.lookup, shift(center, k), at);
+        }
+      }
+      for (int64_t k = 0; k < groups; ++k) w.sums[k] = {w.first[k], w.second[k]};
+      return;
+    }
+    kernels_.sums_columns(e, l_.lines(box), center, {w.first, w.second, nullptr, nullptr, 0});
+    const int64_t cols = l_.stats.cols;
+    std::fill_n(w.sums, groups, Sums{});
+    for (int64_t j = 0; j < n;) {
+      for (int64_t k = 0; k < groups; ++k)
+        for (int64_t c = 0; c < cols; ++c, ++j)
+          w.sums[k] = merge(w.sums[k], Sums{double(e.weight[j]) * w.first[j], double(e.weight[j]) * w.second[j]});
+    }
+    if (!wants_weights_) return;
+    for (int64_t j = 0; j < n;) {
+      for (int64_t g = 0; g < share.count; ++g)
+        for (int64_t c = 0; c < l_.affine.cols; ++c, ++j) {
+          share.dbias[g] += w.first[j];
+          share.dweight[g] += w.second[j];
+        }
+    }
+  }
+
+  static Center<A> shift(Center<A> c, int64_t k) { return {c.mean + k, c.low ? c.low + k : nullptr, c.rstd + k}; }
+
+  // Means over the group of g and g*xhat, for every entry.
+  void finish(const Box& box, const Sums* sums, const Scratch& w) const {
+    const int64_t cols = l_.columns ? l_.stats.cols : 1, n = l_.entries_of(box);
+    const double count = double(l_.stats.count());
+    const bool mean_var = p_.moments == Moments::mean_var;
+    for (int64_t j = 0; j < n;) {
+      for (int64_t k = 0; k < box.groups(); ++k) {
+        const A mean_g = wants_sums_ && mean_var ? A(sums[k].first / count) : A(0);
+        const A mean_g_xhat = wants_sums_ ? A(sums[k].second / count) : A(0);
+        std::fill_n(w.mean_g + j, cols, mean_g);
+        std::fill_n(w.mean_g_xhat + j, cols, mean_g_xhat);
+        j += cols;
+      }
+    }
+  }
+
+  void slope(const Box& box, Center<A> center, const Scratch& w) const {
+    if (!a_.dx && !a_.dresidual) return;
+    const Elements<A> e = elements(box);
+    if (l_.columns) return kernels_.slope_columns(e, l_.lines(box), center, {w.mean_g, w.mean_g_xhat});
+    const Runs r = l_.runs(box);
+    if (r.length == l_.stats.cols || r.count == 1)
+      return kernels_.slope_runs(e, r, l_.lookup, center, {w.mean_g, w.mean_g_xhat});
+    for (Box one = box; one.k0 < box.k1; ++one.k0) {
+      one.k1 = one.k0 + 1;
+      const int64_t k = one.k0 - box.k0;
+      kernels_.slope_runs(e, l_.runs(one), l_.lookup, shift(center, k), {w.mean_g + k, w.mean_g_xhat + k});
+    }
+  }
+
+  const Kernels<A>& kernels_;
+  const Problem& p_;
+  const Layout& l_;
+  const BackwardArgs& a_;
+  const Threads& threads_;
+  Expanded<A> weight_, bias_;
+  Elements<A> elements_;
+  bool wants_weights_, wants_sums_;
+  std::vector<Share> shares_;
+};
+
+}  // namespace
+
+void backward(const Problem& p, const BackwardArgs& a, const Threads& threads) {
+  if (p.stats.numel() == 0) return;
+  const Layout l(p, a.weight.data || a.bias.data || a.dweight.data || a.dbias.data);
+  const KernelTable& table = kernels();
+  switch (p.dtype) {
+    case DType::f32: return Backward<double>(table.f32, p, l, a, threads).run();
+    case DType::f64: return Backward<double>(table.f64, p, l, a, threads).run();
+    case DType::f16: return Backward<float>(table.f16, p, l, a, threads).run();
+    case DType::bf16: return Backward<float>(table.bf16, p, l, a, threads).run();
+  }
+}
+
+}  // namespace normkern::cpu

@@ -1,0 +1,96 @@
+// kernels.h: the loops that exist once per instruction set, as plain data and function pointers.
+//
+// Only aggregates and declarations: what this header brings into an AVX-512 object must not leave an inline function
+// there that the linker could pick for everybody.
+#pragma once
+
+#include "../core/problem.h"
+
+namespace normkern::cpu {
+
+// Runs of `length` neighbours: run i of line l starts at first + l*stride + i*length. Run i belongs to entry i of the
+// per-run arrays, on every line.
+struct Runs {
+  int64_t first, length, count, lines, stride;
+};
+
+// `lines` lines of `width` elements, then `tail` elements of one more. Column j belongs to entry j of the per-column
+// arrays.
+struct Columns {
+  int64_t first, width, lines, stride, tail;
+};
+
+// Where an element finds its weight: lines of `runs` runs of `length` elements; `rows` lines make a slice. An entry is
+// a run, or with `by_element` an element of the line; the next slice has the next entries.
+struct Lookup {
+  int64_t rows, runs, length;
+  bool by_element;
+};
+
+// Sums of x - shift and of its square.
+struct ShiftedSums {
+  double *shift, *sum, *squares;  // [entries]
+};
+
+// How x is normalized. mean + low is the mean to twice the precision of A; `low` is null where A is double.
+template <class A>
+struct Center {
+  const A *mean, *low, *rstd;  // [entries]
+};
+
+template <class A>
+struct Elements {
+  const void *x, *dy, *residual;
+  void *y, *dx, *dresidual;
+  const A *weight, *bias;  // by Lookup for runs, [width] for columns
+  Act act;
+};
+
+// Sums over statistics groups of g and g*xhat, and over weights of dz and dz*xhat; either pair may be null. All add
+// to what is there.
+struct BackwardSums {
+  double *g, *g_xhat;       // [entries]
+  double *dbias, *dweight;  // of the entry `origin` of the Lookup, and up
+  int64_t origin;
+};
+
+// dx = rstd * (dz*weight - mean_g - xhat*mean_g_xhat)
+template <class A>
+struct Slope {
+  const A *mean_g, *mean_g_xhat;  // [entries]
+};
+
+// A is what elements are computed in. All sums are float64.
+template <class A>
+struct Kernels {
+  void (*moments_runs)(const void* x, const Runs& r, bool centered, ShiftedSums s);
+  // Columns of one group, `cols` neighbours, share the shift; groups recur after `period` columns.
+  void (*moments_columns)(const void* x, const Columns& c, bool centered, int64_t cols, int64_t period, ShiftedSums s);
+  void (*map_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center);
+  void (*map_columns)(const Elements<A>& e, const Columns& c, Center<A> center);
+  void (*sums_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center, BackwardSums s);
+  // Columns sum dz and dz*xhat only, into s.g and s.g_xhat.
+  void (*sums_columns)(const Elements<A>& e, const Columns& c, Center<A> center, BackwardSums s);
+  void (*slope_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center, Slope<A> slope);
+  void (*slope_columns)(const Elements<A>& e, const Columns& c, Center<A> center, Slope<A> slope);
+};
+
+struct KernelTable {
+  Kernels<double> f64, f32;
+  Kernels<float> f16, bf16;
+};
+
+namespace baseline {
+extern const KernelTable kTable;
+}
+namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace avx512 {
+extern const KernelTable kTable;
+}
+
+// The table chosen at load.
+const KernelTable& kernels();
+
+}  // namespace normkern::cpu

@@ -1,0 +1,275 @@
+// lanes.h: a few elements in vector registers, and their way from and to memory. Included by norm.cpp alone.
+//
+// A Pack is kLanes elements whatever they are computed in, so a float64 pack takes two registers. The vector types are
+// GCC's and Clang's own, as wide as the instruction set the file is compiled for; everything is internal and inlined.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/half.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define NK_INLINE inline __attribute__((always_inline))
+#define NK_INLINED __attribute__((always_inline))  // of a lambda
+
+namespace normkern::cpu::NK_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+constexpr int kLanes = kRegister / 4;
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * N)));
+};
+template <class T, int N>
+using Vector = typename VectorOf<T, N>::type;
+
+template <class To, class From>
+NK_INLINE To bit_cast(const From& v) {
+  static_assert(sizeof(To) == sizeof(From), "same bits");
+  To r;
+  __builtin_memcpy(&r, &v, sizeof(r));
+  return r;
+}
+
+// kLanes values of type A.
+template <class A>
+struct Pack {
+  static constexpr int kParts = sizeof(A) / 4, kWidth = kLanes / kParts;
+  using V = Vector<A, kWidth>;
+  V part[kParts];
+};
+
+#define NK_PACK_OPERATOR(op)                                                            \
+  template <class A>                                                                    \
+  NK_INLINE Pack<A> operator op(Pack<A> a, Pack<A> b) {                                 \
+    for (int i = 0; i < Pack<A>::kParts; ++i) a.part[i] = a.part[i] op b.part[i];       \
+    return a;                                                                           \
+  }
+NK_PACK_OPERATOR(+)
+NK_PACK_OPERATOR(-)
+NK_PACK_OPERATOR(*)
+NK_PACK_OPERATOR(/)
+#undef NK_PACK_OPERATOR
+
+template <class A>
+NK_INLINE Pack<A> fill(A value) {
+  Pack<A> p;
+  for (int i = 0; i < Pack<A>::kParts; ++i) p.part[i] = value - typename Pack<A>::V{};
+  return p;
+}
+
+template <class A>
+NK_INLINE A total(Pack<A> p) {
+  typename Pack<A>::V v = p.part[0];
+  for (int i = 1; i < Pack<A>::kParts; ++i) v += p.part[i];
+  A sum = 0;
+  for (int i = 0; i < Pack<A>::kWidth; ++i) sum += v[i];
+  return sum;
+}
+
+// `yes` where a < b (a <= b), else `no`; a NaN gives `no`.
+template <class A>
+NK_INLINE Pack<A> where_less(Pack<A> a, Pack<A> b, Pack<A> yes, Pack<A> no) {
+  for (int i = 0; i < Pack<A>::kParts; ++i) no.part[i] = a.part[i] < b.part[i] ? yes.part[i] : no.part[i];
+  return no;
+}
+
+template <class A>
+NK_INLINE Pack<A> where_at_most(Pack<A> a, Pack<A> b, Pack<A> yes, Pack<A> no) {
+  for (int i = 0; i < Pack<A>::kParts; ++i) no.part[i] = a.part[i] <= b.part[i] ? yes.part[i] : no.part[i];
+  return no;
+}
+
+// ---- N storage elements to and from N floats ----
+
+template <int N>
+NK_INLINE Vector<float, N> floats(const float* p) {
+  Vector<float, N> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <int N>
+NK_INLINE Vector<float, N> floats(const bf16* p) {
+  Vector<uint16_t, N> h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return bit_cast<Vector<float, N>>(__builtin_convertvector(h, Vector<uint32_t, N>) << 16);
+}
+
+template <int N>
+NK_INLINE Vector<float, N> floats(const f16* p) {
+#if defined(__F16C__)
+  if constexpr (N == 4) {
+    return bit_cast<Vector<float, 4>>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  } else if constexpr (N == 8) {
+    return bit_cast<Vector<float, 8>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  } else {
+#if defined(__AVX512F__)
+    // The zero-masked forms: GCC 12 warns of an uninitialized variable inside the plain ones.
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return bit_cast<Vector<float, 16>>(_mm512_maskz_cvtph_ps(__mmask16(-1), h));
+#endif
+  }
+#elif defined(__aarch64__)
+  Vector<__fp16, N> h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return __builtin_convertvector(h, Vector<float, N>);
+#else
+  // The exponent is rebased by a product with 2^112, which also normalizes subnormals; infinity and NaN are put back.
+  using U = Vector<uint32_t, N>;
+  Vector<uint16_t, N> h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  const U u = __builtin_convertvector(h, U), sign = (u & 0x8000) << 16, magnitude = (u & 0x7fff) << 13;
+  const U finite = bit_cast<U>(bit_cast<Vector<float, N>>(magnitude) * 0x1p112f);
+  const U special = bit_cast<U>(magnitude >= U{} + 0x0f800000);
+  return bit_cast<Vector<float, N>>(sign | (special & (magnitude | 0x7f800000)) | (~special & finite));
+#endif
+}
+
+template <int N>
+NK_INLINE void put_floats(float* p, Vector<float, N> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+template <int N>
+NK_INLINE void put_floats(bf16* p, Vector<float, N> v) {
+  using U = Vector<uint32_t, N>;
+  const U u = bit_cast<U>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
+  const U is_nan = bit_cast<U>(v != v);
+  const Vector<uint16_t, N> h = __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), Vector<uint16_t, N>);
+  __builtin_memcpy(p, &h, sizeof(h));
+}
+
+template <int N>
+NK_INLINE void put_floats(f16* p, Vector<float, N> v) {
+#if defined(__F16C__)
+  if constexpr (N == 4) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(bit_cast<__m128>(v), _MM_FROUND_TO_NEAREST_INT));
+  } else if constexpr (N == 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+  } else {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_maskz_cvtps_ph(__mmask16(-1), bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  }
+#elif defined(__aarch64__)
+  const Vector<__fp16, N> h = __builtin_convertvector(v, Vector<__fp16, N>);
+  __builtin_memcpy(p, &h, sizeof(h));
+#else
+  // As to_f16 in half.h, with every branch taken and the right one kept.
+  using U = Vector<uint32_t, N>;
+  using F = Vector<float, N>;
+  const U u = bit_cast<U>(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  const U normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const U small = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - 0x3f000000;
+  const U is_small = bit_cast<U>(magnitude < U{} + 0x38800000), is_large = bit_cast<U>(magnitude >= U{} + 0x477ff000);
+  const U is_nan = bit_cast<U>(magnitude > U{} + 0x7f800000), nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  const U large = (is_nan & nan) | (~is_nan & 0x7c00);
+  const U bits = (is_large & large) | (~is_large & ((is_small & small) | (~is_small & normal)));
+  const Vector<uint16_t, N> h = __builtin_convertvector(sign | bits, Vector<uint16_t, N>);
+  __builtin_memcpy(p, &h, sizeof(h));
+#endif
+}
+
+// N floats to N doubles and back, N being the doubles of a register: GCC 12 takes the generic conversion apart.
+
+NK_INLINE Vector<double, kLanes / 2> widen(Vector<float, kLanes / 2> v) {
+#if defined(__AVX512F__)
+  return bit_cast<Vector<double, 8>>(_mm512_maskz_cvtps_pd(__mmask8(-1), bit_cast<__m256>(v)));
+#elif defined(__AVX2__)
+  return bit_cast<Vector<double, 4>>(_mm256_cvtps_pd(bit_cast<__m128>(v)));
+#else
+  return __builtin_convertvector(v, Vector<double, kLanes / 2>);
+#endif
+}
+
+NK_INLINE Vector<float, kLanes / 2> narrow(Vector<double, kLanes / 2> v) {
+#if defined(__AVX512F__)
+  return bit_cast<Vector<float, 8>>(_mm512_maskz_cvtpd_ps(__mmask8(-1), bit_cast<__m512d>(v)));
+#elif defined(__AVX2__)
+  return bit_cast<Vector<float, 4>>(_mm256_cvtpd_ps(bit_cast<__m256d>(v)));
+#else
+  return __builtin_convertvector(v, Vector<float, kLanes / 2>);
+#endif
+}
+
+// ---- packs to and from memory ----
+
+template <class A, class T>
+NK_INLINE Pack<A> load(const T* p) {
+  Pack<A> r;
+  if constexpr (sizeof(A) == sizeof(T)) {
+    __builtin_memcpy(&r, p, sizeof(r));
+  } else if constexpr (sizeof(A) == 4) {
+    r.part[0] = floats<kLanes>(p);
+  } else {
+    for (int i = 0; i < 2; ++i) r.part[i] = widen(floats<kLanes / 2>(p + i * (kLanes / 2)));
+  }
+  return r;
+}
+
+template <class T, class A>
+NK_INLINE void store(T* p, Pack<A> v) {
+  if constexpr (sizeof(A) == sizeof(T)) {
+    __builtin_memcpy(p, &v, sizeof(v));
+  } else if constexpr (sizeof(A) == 4) {
+    put_floats<kLanes>(p, v.part[0]);
+  } else {
+    for (int i = 0; i < 2; ++i) put_floats<kLanes / 2>(p + i * (kLanes / 2), narrow(v.part[i]));
+  }
+}
+
+// The first n elements, the rest zero.
+template <class A, class T>
+NK_INLINE Pack<A> load(const T* p, int64_t n) {
+  T buffer[kLanes] = {};
+  __builtin_memcpy(buffer, p, n * sizeof(T));
+  return load<A>(static_cast<const T*>(buffer));
+}
+
+template <class T, class A>
+NK_INLINE void store(T* p, Pack<A> v, int64_t n) {
+  T buffer[kLanes];
+  store(buffer, v);
+  __builtin_memcpy(p, buffer, n * sizeof(T));
+}
+
+template <class To, class From>
+NK_INLINE Pack<To> convert(Pack<From> v) {
+  struct Halves {
+    Vector<float, kLanes / 2> half[2];
+  };
+  if constexpr (sizeof(To) == sizeof(From)) {
+    return v;
+  } else if constexpr (sizeof(To) == 8) {
+    const Halves h = bit_cast<Halves>(v);
+    return {{widen(h.half[0]), widen(h.half[1])}};
+  } else {
+    return bit_cast<Pack<To>>(Halves{{narrow(v.part[0]), narrow(v.part[1])}});
+  }
+}
+
+// One element.
+template <class T>
+NK_INLINE double value(const T* p) {
+  if constexpr (sizeof(T) >= 4) {
+    return *p;
+  } else {
+    T buffer[kLanes] = {*p};
+    return load<float>(static_cast<const T*>(buffer)).part[0][0];
+  }
+}
+
+}  // namespace
+}  // namespace normkern::cpu::NK_ISA

@@ -1,0 +1,248 @@
+// layout.h: how a problem is walked: in runs or in columns, box by box, with the weights in a form to match.
+//
+// A statistics group with long runs is walked run by run. Where runs are short (channels-last) whole lines are walked,
+// with one entry of every per-group vector per column of the line. A box is the part of one batch index that a thread
+// takes at a time.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <type_traits>
+
+#include "../core/accumulate.h"
+#include "../core/arguments.h"
+#include "../core/half.h"
+#include "entry.h"
+#include "kernels.h"
+
+namespace normkern::cpu {
+
+constexpr int64_t kShortRun = 32;       // shorter runs are walked by columns
+constexpr int64_t kMinLine = 64;        // shorter lines are repeated into one longer line
+constexpr int64_t kMaxColumns = 4096;   // columns of a box: their vectors stay in the L2 cache
+constexpr int64_t kMaxSum = 1 << 12;    // elements of one shifted sum (norm.cpp)
+constexpr int64_t kGrain = 1 << 14;     // elements that are worth a thread
+
+template <class T>
+using Buffer = std::unique_ptr<T[]>;
+
+// Uninitialized.
+template <class T>
+Buffer<T> buffer(int64_t n) {
+  return Buffer<T>(new T[n]);
+}
+
+template <class Task>
+void parallel(const Threads& threads, int64_t tasks, Task&& task) {
+  if (tasks == 1 || !threads.run) {
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+    return;
+  }
+  using State = std::remove_reference_t<Task>;
+  threads.run(tasks, [](void* state, int64_t i) { (*static_cast<State*>(state))(i); }, &task);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows [r0, r1), groups [k0, k1) and columns [c0, c1) of batch index b. With columns, rows are lines of `width`.
+struct Box {
+  int64_t b, r0, r1, k0, k1, c0, c1;
+  int64_t groups() const { return k1 - k0; }
+};
+
+struct Layout {
+  Domain stats;   // simplified, and a contiguous one as one batch of many `keep`
+  Domain affine;  // simplified
+  bool columns = false;
+  int64_t line = 0;     // elements of a line of stats
+  int64_t width = 0;    // columns: elements of the lines walked, a multiple of `line`
+  int64_t rows = 0;     // rows of a batch index, or with columns its whole walked lines
+  int64_t tail = 0;     // columns: elements after the last whole line
+  Lookup lookup{};      // runs: where weights are
+  int64_t entries = 0;  // weights in the form that kernels read
+
+  Layout(const Problem& p, bool has_affine);
+
+  Box whole(int64_t b) const { return {b, 0, rows, 0, stats.keep, 0, stats.cols}; }
+  int64_t slice() const { return stats.rows * line; }
+  // Entries of per-group vectors: of one box, of one batch index.
+  int64_t entries_of(const Box& x) const { return columns ? (x.groups() == stats.keep ? width : x.groups() * stats.cols) : x.groups(); }
+  int64_t entries_of_batch() const { return columns ? width : stats.keep; }
+  int64_t first_entry(const Box& x) const { return columns ? x.k0 * stats.cols : x.k0; }
+  int64_t entries_per_weight() const { return !columns && lookup.by_element ? affine.cols : 1; }
+
+  Runs runs(const Box& x) const {
+    return {((x.b * stats.rows + x.r0) * stats.keep + x.k0) * stats.cols + x.c0, x.c1 - x.c0, x.groups(), x.r1 - x.r0, line};
+  }
+  Columns lines(const Box& x) const {
+    const bool last = x.r1 == rows;
+    return {x.b * slice() + x.r0 * width + x.k0 * stats.cols, entries_of(x), x.r1 - x.r0, width, last ? tail : 0};
+  }
+};
+
+inline Layout::Layout(const Problem& p, bool has_affine) : stats(simplify(p.stats)), affine(simplify(p.affine)) {
+  if (stats.rows == 1) stats = {1, 1, stats.batch, stats.cols};
+  line = stats.keep * stats.cols;
+  const bool same_line = affine.batch == 1 && affine.rows > 1 && affine.keep * affine.cols == line &&
+                         stats.cols % affine.cols == 0;
+  columns = stats.rows > 1 && (same_line || !has_affine) &&
+            (stats.cols < kShortRun || (has_affine && affine.cols < kShortRun && line <= kMaxColumns));
+  if (columns) {
+    width = line * std::min(stats.rows, line < kMinLine ? ceil_div(kMinLine, line) : 1);
+    rows = slice() / width;
+    tail = slice() - rows * width;
+    entries = width;
+    return;
+  }
+  rows = stats.rows;
+  if (!has_affine) {
+    lookup = {1, 1, stats.numel(), false};
+    entries = 1;
+  } else if (affine.rows == 1 && affine.cols == 1) {
+    lookup = {1, 1, stats.numel(), true};
+    entries = stats.numel();
+  } else if (affine.rows > 1 && affine.cols < kShortRun) {
+    lookup = {affine.rows, 1, affine.keep * affine.cols, true};
+    entries = affine.batch * lookup.length;
+  } else {
+    lookup = {affine.rows, affine.keep, affine.cols, false};
+    entries = affine.groups();
+  }
+}
+
+// Boxes for about `wanted` threads: split where it costs least first. With `share_weights`, tasks rather take the same
+// columns of many groups than many columns of one: weight gradients then need less room.
+struct Grid {
+  const Layout& layout;
+  int64_t batches = 1, rows = 1, keeps = 1, cols = 1;
+
+  Grid(const Layout& l, int64_t wanted, bool share_weights) : layout(l) {
+    const auto split = [&](int64_t extent) {
+      const int64_t parts = std::max<int64_t>(1, std::min(extent, wanted));
+      wanted = ceil_div(wanted, parts);
+      return parts;
+    };
+    batches = split(l.stats.batch);
+    if (l.columns) {
+      keeps = l.width == l.line ? std::min(l.stats.keep, ceil_div(l.width, kMaxColumns)) : 1;
+      wanted = ceil_div(wanted, keeps);
+      rows = split(l.rows);
+      if (l.width == l.line) keeps = std::min({l.stats.keep, keeps * wanted, std::max(keeps, l.width / kMinLine)});
+      return;
+    }
+    rows = split(l.stats.rows);
+    if (share_weights && l.stats.rows == 1 && l.lookup.by_element) cols = split(l.stats.cols / kMaxColumns);
+    keeps = split(l.stats.keep);
+    if (cols == 1) cols = split(l.stats.cols / kMaxColumns);
+  }
+
+  int64_t count() const { return batches * rows * keeps * cols; }
+  static int64_t cut(int64_t extent, int64_t parts, int64_t i) { return extent / parts * i + std::min(i, extent % parts); }
+  int64_t first_batch(int64_t task) const { return cut(layout.stats.batch, batches, task / (rows * keeps * cols)); }
+  int64_t last_batch(int64_t task) const { return cut(layout.stats.batch, batches, task / (rows * keeps * cols) + 1); }
+  Box box(int64_t task, int64_t b) const {
+    const int64_t c = task % cols, k = task / cols % keeps, r = task / (cols * keeps) % rows;
+    return {b,
+            cut(layout.rows, rows, r), cut(layout.rows, rows, r + 1),
+            cut(layout.stats.keep, keeps, k), cut(layout.stats.keep, keeps, k + 1),
+            cut(layout.stats.cols, cols, c), cut(layout.stats.cols, cols, c + 1)};
+  }
+  int64_t box_groups() const { return ceil_div(layout.stats.batch, batches) * ceil_div(layout.stats.keep, keeps); }
+};
+
+inline int64_t wanted_tasks(int64_t numel, const Threads& threads) {
+  return std::max<int64_t>(1, std::min(threads.count, numel / kGrain));
+}
+
+// ---- parameters ----
+
+template <class Use>
+void with_type(DType dtype, Use use) {
+  switch (dtype) {
+    case DType::f32: return use(float());
+    case DType::f64: return use(double());
+    case DType::f16: return use(f16());
+    case DType::bf16: return use(bf16());
+  }
+}
+
+inline double to_double(float v) { return v; }
+inline double to_double(double v) { return v; }
+inline double to_double(f16 v) { return to_float(v); }
+inline double to_double(bf16 v) { return to_float(v); }
+inline void from_double(double v, float& to) { to = float(v); }
+inline void from_double(double v, double& to) { to = v; }
+inline void from_double(double v, f16& to) { to = to_f16(v); }
+inline void from_double(double v, bf16& to) { to = to_bf16(v); }
+
+template <class A>
+constexpr DType kDTypeOf = sizeof(A) == 8 ? DType::f64 : DType::f32;
+
+// Weights or biases with an entry for each that the kernels read: the caller's own where they already are that.
+template <class A>
+class Expanded {
+ public:
+  Expanded(const Layout& l, Param param, A missing) {
+    if (param.data && param.dtype == kDTypeOf<A> && l.entries == l.affine.groups() && !(l.columns && l.affine.cols > 1)) {
+      data_ = static_cast<const A*>(param.data);
+      return;
+    }
+    owned_ = buffer<A>(l.entries);
+    data_ = owned_.get();
+    if (!param.data) {
+      std::fill_n(owned_.get(), l.entries, missing);
+      return;
+    }
+    const int64_t per_weight = l.columns ? l.affine.cols : l.entries_per_weight();
+    with_type(param.dtype, [&](auto type) {
+      const auto* from = static_cast<const decltype(type)*>(param.data);
+      const int64_t groups = l.affine.groups();
+      for (int64_t i = 0; i < l.entries;)
+        for (int64_t g = 0; g < groups; ++g)
+          for (int64_t n = 0; n < per_weight; ++n) owned_[i++] = A(to_double(from[g]));
+    });
+  }
+  const A* data() const { return data_; }
+
+ private:
+  Buffer<A> owned_;
+  const A* data_ = nullptr;
+};
+
+// Vectors that say how x is normalized, with an entry per group or per column.
+template <class A>
+class Centers {
+ public:
+  explicit Centers(int64_t n) : mean_(buffer<A>(n)), rstd_(buffer<A>(n)) {
+    if (sizeof(A) == 4) low_ = buffer<A>(n);
+  }
+  void set(int64_t i, double mean, double var, double eps) {
+    mean_[i] = A(mean);
+    if (sizeof(A) == 4) low_[i] = A(mean - double(mean_[i]));
+    rstd_[i] = A(1 / std::sqrt(var + eps));
+  }
+  void copy(int64_t i, int64_t from) {
+    mean_[i] = mean_[from];
+    if (sizeof(A) == 4) low_[i] = low_[from];
+    rstd_[i] = rstd_[from];
+  }
+  Center<A> at(int64_t i) const { return {mean_.get() + i, low_ ? low_.get() + i : nullptr, rstd_.get() + i}; }
+
+ private:
+  Buffer<A> mean_, low_, rstd_;
+};
+
+// Sets the entries of a box, from `first` on: moments(k) is called once for each of its groups and returns a Spread
+// of count 1, that is mean and variance.
+template <class A, class MomentsOf>
+void set_centers(const Layout& l, const Box& x, double eps, int64_t first, Centers<A>& centers, MomentsOf moments_of) {
+  const int64_t cols = l.columns ? l.stats.cols : 1, n = x.groups() * cols, all = l.entries_of(x);
+  for (int64_t k = 0; k < x.groups(); ++k) {
+    const Spread s = moments_of(k);
+    for (int64_t c = 0; c < cols; ++c) centers.set(first + k * cols + c, s.mean, s.m2, eps);
+  }
+  for (int64_t j = n; j < all; ++j) centers.copy(first + j, first + j - n);
+}
+
+}  // namespace normkern::cpu

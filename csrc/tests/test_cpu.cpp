@@ -1,0 +1,507 @@
+// test_cpu.cpp: the CPU kernels against the definition in long double, for every norm, layout, dtype and option.
+//
+// The whole table runs on one thread, on a pool that runs its tasks backwards, and on real threads. NORMKERN_CPU picks
+// the instruction set.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../core/half.h"
+#include "../cpu/entry.h"
+#include "check.h"
+
+namespace normkern::test {
+namespace {
+
+using Real = long double;
+
+double get(const void* data, DType t, int64_t i) {
+  switch (t) {
+    case DType::f32: return static_cast<const float*>(data)[i];
+    case DType::f64: return static_cast<const double*>(data)[i];
+    case DType::f16: return to_float(static_cast<const f16*>(data)[i]);
+    case DType::bf16: return to_float(static_cast<const bf16*>(data)[i]);
+  }
+  return 0;
+}
+
+void put(void* data, DType t, int64_t i, double v) {
+  switch (t) {
+    case DType::f32: static_cast<float*>(data)[i] = float(v); break;
+    case DType::f64: static_cast<double*>(data)[i] = v; break;
+    case DType::f16: static_cast<f16*>(data)[i] = to_f16(v); break;
+    case DType::bf16: static_cast<bf16*>(data)[i] = to_bf16(v); break;
+  }
+}
+
+double epsilon(DType t) {
+  switch (t) {
+    case DType::f32: return 0x1p-24;
+    case DType::f64: return 0x1p-53;
+    case DType::f16: return 0x1p-11;
+    case DType::bf16: return 0x1p-8;
+  }
+  return 0;
+}
+
+// A vector of any dtype, exactly as long as it says so that a sanitizer sees every step beyond it.
+struct Vector {
+  DType dtype = DType::f32;
+  int64_t size = 0;
+  std::vector<char> bytes;
+  Vector() = default;
+  Vector(DType t, int64_t n, double fill = NAN) : dtype(t), size(n), bytes(n * size_of(t)) {
+    for (int64_t i = 0; i < n; ++i) put(bytes.data(), t, i, fill);
+    bytes.shrink_to_fit();
+  }
+  double operator[](int64_t i) const { return get(bytes.data(), dtype, i); }
+  void set(int64_t i, double v) { put(bytes.data(), dtype, i, v); }
+  const void* data() const { return size ? bytes.data() : nullptr; }
+  void* data() { return size ? bytes.data() : nullptr; }
+};
+
+// ---- pools ----
+
+void backwards(int64_t tasks, void (*task)(void*, int64_t), void* state) {
+  for (int64_t i = tasks; i-- > 0;) task(state, i);
+}
+
+void real_threads(int64_t tasks, void (*task)(void*, int64_t), void* state) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < tasks; ++i) threads.emplace_back(task, state, i);
+  for (std::thread& t : threads) t.join();
+}
+
+const cpu::Threads kPools[] = {{1, nullptr}, {5, backwards}, {64, backwards}, {3, real_threads}};
+
+// ---- the definition ----
+
+Real activated(Act act, Real z) {
+  switch (act) {
+    case Act::none: return z;
+    case Act::relu: return z < 0 ? 0 : z;
+    case Act::silu: return z / (1 + std::exp(-z));
+    case Act::gelu: return z * std::erfc(-z / std::sqrt(Real(2))) / 2;
+    case Act::leaky_relu: return z < 0 ? z * Real(0.01) : z;
+  }
+  return z;
+}
+
+Real slope(Act act, Real z) {
+  switch (act) {
+    case Act::none: return 1;
+    case Act::relu: return z > 0;
+    case Act::silu: {
+      const Real s = 1 / (1 + std::exp(-z));
+      return s * (1 + z * (1 - s));
+    }
+    case Act::gelu: return std::erfc(-z / std::sqrt(Real(2))) / 2 + z * std::exp(-z * z / 2) / std::sqrt(2 * std::acos(Real(-1)));
+    case Act::leaky_relu: return z > 0 ? 1 : Real(0.01);
+  }
+  return 1;
+}
+
+struct Case {
+  Problem p;
+  Vector x, dy, weight, bias, residual, mean, var;
+  std::string name;
+};
+
+struct Truth {
+  std::vector<Real> mean, var, y, y_scale, dx, dx_scale, dz, dz_scale, dweight, dweight_scale, dbias, dbias_scale;
+};
+
+// With every result the size of the terms that it is made of: what rounding errors are measured against.
+Truth truth(const Case& c) {
+  const Domain &s = c.p.stats, &a = c.p.affine;
+  const int64_t numel = s.numel();
+  Truth t;
+  t.mean.assign(s.groups(), 0);
+  t.var.assign(s.groups(), 0);
+  if (c.p.moments == Moments::given) {
+    for (int64_t g = 0; g < s.groups(); ++g) t.mean[g] = c.mean[g], t.var[g] = c.var[g];
+  } else {
+    if (c.p.moments == Moments::mean_var)
+      for (int64_t e = 0; e < numel; ++e) t.mean[s.group_of(e)] += Real(c.x[e]) / s.count();
+    for (int64_t e = 0; e < numel; ++e) {
+      const Real d = c.x[e] - t.mean[s.group_of(e)];
+      t.var[s.group_of(e)] += d * d / s.count();
+    }
+  }
+  std::vector<Real> sum_g(s.groups()), sum_gx(s.groups()), g_scale(s.groups()), gx_scale(s.groups());
+  for (auto* v : {&t.y, &t.y_scale, &t.dx, &t.dx_scale, &t.dz, &t.dz_scale}) v->resize(numel);
+  for (auto* v : {&t.dweight, &t.dweight_scale, &t.dbias, &t.dbias_scale}) v->assign(a.groups(), 0);
+  const auto at = [](const Vector& v, int64_t i, Real missing) { return v.size ? Real(v[i]) : missing; };
+  const auto xhat_of = [&](int64_t e) {
+    const int64_t g = s.group_of(e);
+    return (c.x[e] - t.mean[g]) / std::sqrt(t.var[g] + c.p.eps);
+  };
+  // A float64 mean of float64 data is only good to its own last place; for all other types it is exact enough.
+  const auto size_of_xhat = [&](int64_t e) {
+    const int64_t g = s.group_of(e);
+    return std::fabs(xhat_of(e)) + (c.p.dtype == DType::f64 ? 1 + std::fabs(t.mean[g]) / std::sqrt(t.var[g] + c.p.eps) : 0);
+  };
+  for (int64_t e = 0; e < numel; ++e) {
+    const int64_t g = s.group_of(e), w = a.group_of(e);
+    const Real xhat = xhat_of(e), size = size_of_xhat(e), weight = at(c.weight, w, 1), bias = at(c.bias, w, 0), residual = at(c.residual, e, 0);
+    const Real z = xhat * weight + bias + residual;
+    t.y[e] = activated(c.p.act, z);
+    t.y_scale[e] = std::fabs(size * weight) + std::fabs(bias) + std::fabs(residual);
+    if (!c.dy.size) continue;
+    const Real dz = c.dy[e] * slope(c.p.act, z);
+    t.dz[e] = dz;
+    // A slope moves by at most its second derivative (below 1) times the error of z.
+    t.dz_scale[e] = std::fabs(c.dy[e]) * (c.p.act == Act::none ? 1 : 1 + t.y_scale[e]);
+    t.dbias[w] += dz;
+    t.dweight[w] += dz * xhat;
+    t.dbias_scale[w] += t.dz_scale[e];
+    t.dweight_scale[w] += t.dz_scale[e] * (size + 1);
+    sum_g[g] += dz * weight;
+    sum_gx[g] += dz * weight * xhat;
+    g_scale[g] += t.dz_scale[e] * std::fabs(weight);
+    gx_scale[g] += t.dz_scale[e] * std::fabs(weight) * (size + 1);
+  }
+  for (int64_t e = 0; e < numel && c.dy.size; ++e) {
+    const int64_t g = s.group_of(e);
+    const Real weight = at(c.weight, a.group_of(e), 1), rstd = 1 / std::sqrt(t.var[g] + c.p.eps), xhat = xhat_of(e), n = s.count();
+    const bool centered = c.p.moments == Moments::mean_var, given = c.p.moments == Moments::given;
+    t.dx[e] = rstd * (t.dz[e] * weight - (centered ? sum_g[g] / n : 0) - (given ? 0 : xhat * sum_gx[g] / n));
+    t.dx_scale[e] = rstd * (t.dz_scale[e] * std::fabs(weight) + (centered ? g_scale[g] / n : 0) +
+                            (given ? 0 : (size_of_xhat(e) + 1) * gx_scale[g] / n));
+  }
+  return t;
+}
+
+// Relu and its kin jump: where z is within rounding of 0 either side of the jump is right.
+bool near_jump(const Case& c, const Truth& t, int64_t e) {
+  const Real z = t.y[e] < 0 ? t.y[e] * 100 : t.y[e];
+  return (c.p.act == Act::relu || c.p.act == Act::leaky_relu) && std::fabs(z) < 1e-5 * (t.y_scale[e] + 1e-30);
+}
+
+// ---- one case ----
+
+void near(const char* what, const Case& c, const Vector& got, const std::vector<Real>& exact, const std::vector<Real>& scale,
+          double computed) {
+  for (int64_t i = 0; i < got.size; ++i) {
+    // Rounded once to the result's type, plus a few roundings of the type that it is computed in.
+    const Real tiny = c.p.dtype == DType::f16 ? 0x1p-24 : 1e-37;
+    const Real bound = 1.001 * epsilon(got.dtype) * std::fabs(exact[i]) + computed * scale[i] + tiny;
+    if (!check(std::fabs(got[i] - exact[i]) <= bound, "%s: %s[%ld] is %.9g, not %.9Lg (bound %.2Lg)", c.name.c_str(), what, long(i),
+               got[i], exact[i], bound))
+      return;
+  }
+}
+
+// What elements are computed in: float64 for float32 and float64, unless an activation takes float32.
+double computed_in(const Problem& p) {
+  if (p.dtype == DType::f64) return 64 * 0x1p-53;
+  return p.dtype == DType::f32 && p.act == Act::none ? 0x1p-30 : 8 * 0x1p-24;
+}
+
+void run(Case c) {
+  const Problem& p = c.p;
+  const int64_t numel = p.stats.numel(), groups = p.stats.groups(), weights = p.affine.groups();
+  const Truth t = truth(c);
+  const double computed = computed_in(p);
+  const std::string name = c.name;
+  const bool given = p.moments == Moments::given, second = p.moments == Moments::second;
+  for (const cpu::Threads& threads : kPools) {
+    c.name = name + " on " + std::to_string(threads.count) + " threads";
+    Vector y(p.dtype, numel), mean(DType::f64, groups), var(DType::f64, groups), mean2 = mean, var2 = var;
+    ForwardArgs f;
+    f.x = c.x.data();
+    f.weight = {c.weight.data(), c.weight.dtype};
+    f.bias = {c.bias.data(), c.bias.dtype};
+    f.residual = c.residual.data();
+    f.mean = {c.mean.data(), c.mean.dtype};
+    f.var = {c.var.data(), c.var.dtype};
+    f.y = y.data();
+    f.mean_out = given || second ? nullptr : static_cast<double*>(mean.data());
+    f.var_out = given ? nullptr : static_cast<double*>(var.data());
+    cpu::forward(p, f, threads);
+    near("y", c, y, t.y, t.y_scale, computed);
+    if (!given) {
+      cpu::moments(p, {c.x.data(), second ? nullptr : static_cast<double*>(mean2.data()), static_cast<double*>(var2.data())}, threads);
+      // moments() knows no weights, so it may take another walk than forward().
+      for (int64_t g = 0; g < groups; ++g) {
+        const Real mean_bound = 1e-12 * std::sqrt(t.var[g]) + 1e-15 * std::fabs(t.mean[g]);
+        const Real var_bound = 1e-11 * t.var[g] + 1e-26 * t.mean[g] * t.mean[g];
+        for (const Vector* m : {&mean, &mean2})
+          check(second || std::fabs((*m)[g] - t.mean[g]) <= mean_bound, "%s: mean[%ld]", c.name.c_str(), long(g));
+        for (const Vector* v : {&var, &var2})
+          check(std::fabs((*v)[g] - t.var[g]) <= var_bound, "%s: var[%ld]", c.name.c_str(), long(g));
+      }
+    }
+    if (!c.dy.size) continue;
+
+    bool jumps = false;
+    for (int64_t e = 0; e < numel; ++e) jumps = jumps || near_jump(c, t, e);
+    if (jumps) continue;
+    const auto backward = [&](Vector& dx, Vector& dweight, Vector& dbias, Vector& dresidual) {
+      BackwardArgs b;
+      b.dy = c.dy.data();
+      b.x = c.x.data();
+      b.weight = f.weight;
+      b.bias = f.bias;
+      b.residual = f.residual;
+      b.mean = given ? f.mean : Param{second ? nullptr : mean.data(), DType::f64};
+      b.var = given ? f.var : Param{var.data(), DType::f64};
+      b.dx = dx.data();
+      b.dweight = {dweight.data(), dweight.dtype};
+      b.dbias = {dbias.data(), dbias.dtype};
+      b.dresidual = dresidual.data();
+      cpu::backward(p, b, threads);
+    };
+    const DType dweight_type = c.weight.size ? c.weight.dtype : DType::f64, dbias_type = c.bias.size ? c.bias.dtype : DType::f64;
+    Vector dx(p.dtype, numel), dweight(dweight_type, weights), dbias(dbias_type, weights), dz(p.dtype, numel), none;
+    backward(dx, dweight, dbias, dz);
+    near("dx", c, dx, t.dx, t.dx_scale, computed);
+    near("dresidual", c, dz, t.dz, t.dz_scale, computed);
+    near("dweight", c, dweight, t.dweight, t.dweight_scale, computed);
+    near("dbias", c, dbias, t.dbias, t.dbias_scale, computed);
+    // Each result alone, with the same bits.
+    Vector dx1(p.dtype, numel), dweight1(dweight_type, weights), dbias1(dbias_type, weights), dz1(p.dtype, numel);
+    backward(dx1, none, none, none);
+    backward(none, dweight1, none, none);
+    backward(none, none, dbias1, none);
+    backward(none, none, none, dz1);
+    check(dz1.bytes == dz.bytes, "%s: dresidual alone", c.name.c_str());
+    // With no weight gradients and no weights a call may take another walk: then only nearly the same.
+    near("dx alone", c, dx1, t.dx, t.dx_scale, computed);
+    near("dweight alone", c, dweight1, t.dweight, t.dweight_scale, computed);
+    near("dbias alone", c, dbias1, t.dbias, t.dbias_scale, computed);
+    Vector dx2(p.dtype, numel), dweight2(dweight_type, weights), dbias2(dbias_type, weights), dz2(p.dtype, numel);
+    backward(dx2, dweight2, dbias2, dz2);
+    check(dx2.bytes == dx.bytes && dweight2.bytes == dweight.bytes && dbias2.bytes == dbias.bytes, "%s: same bits twice", c.name.c_str());
+  }
+}
+
+// ---- the table ----
+
+struct Geometry {
+  const char* name;
+  Domain stats, affine;
+  Moments moments = Moments::mean_var;
+};
+
+std::vector<Geometry> geometries(int64_t n, int64_t c, int64_t s, int64_t g) {
+  const int64_t per = c / g;
+  return {{"layer", {n * s, 1, 1, c}, {1, n * s, c, 1}},
+          {"rms", {n * s, 1, 1, c}, {1, n * s, c, 1}, Moments::second},
+          {"group nchw", {n * g, 1, 1, per * s}, {1, n, c, s}},
+          {"group nhwc", {n, s, g, per}, {1, n * s, c, 1}},
+          {"group nhwc second", {n, s, g, per}, {1, n * s, c, 1}, Moments::second},
+          {"instance nchw", {n * c, 1, 1, s}, {1, n, c, s}},
+          {"instance nhwc", {n, s, c, 1}, {1, n * s, c, 1}},
+          {"batch nchw", {1, n, c, s}, {1, n, c, s}},
+          {"batch nhwc", {1, n * s, c, 1}, {1, n * s, c, 1}},
+          {"batch nchw eval", {1, n, c, s}, {1, n, c, s}, Moments::given},
+          {"batch nhwc eval", {1, n * s, c, 1}, {1, n * s, c, 1}, Moments::given},
+          {"weight", {c, 1, 1, n * s}, {c, 1, 1, n * s}},
+          // Not in the table of norms: domains that no fast walk was made for.
+          {"transposed layer", {1, c, n, s}, {1, 1, c, n * s}},
+          {"weights across groups", {n, s, c, 1}, {1, n * s, g, per}},
+          {"one group", {1, n, 1, c * s}, {1, n, c, s}}};
+}
+
+std::mt19937_64 random_bits(7);
+
+Vector normal_vector(DType t, int64_t n, double mean = 0, double sd = 1) {
+  std::normal_distribution<double> normal(mean, sd);
+  Vector v(t, n, 0);
+  for (int64_t i = 0; i < n; ++i) v.set(i, normal(random_bits));
+  return v;
+}
+
+// `options` picks what is present and in which types.
+Case make(const Geometry& g, DType dtype, unsigned options, Act act, double mean = 0) {
+  constexpr DType kTypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
+  Case c;
+  c.p = {g.stats, g.affine, g.moments, act, dtype, options % 3 ? 1e-5 : 0.1};
+  const int64_t numel = g.stats.numel();
+  c.x = normal_vector(dtype, numel, mean, 1 + options % 2);
+  c.dy = normal_vector(dtype, numel);
+  if (options & 1) c.weight = normal_vector(kTypes[options / 4 % 4], g.affine.groups(), 1, 0.3);
+  if (options & 2) c.bias = normal_vector(kTypes[options / 16 % 4], g.affine.groups());
+  if (options & 64) c.residual = normal_vector(dtype, numel);
+  if (g.moments == Moments::given) {
+    c.mean = normal_vector(kTypes[options % 4], g.stats.groups(), mean);
+    c.var = Vector(kTypes[options / 2 % 4], g.stats.groups(), 0);
+    for (int64_t i = 0; i < c.var.size; ++i) c.var.set(i, 0.5 + i % 3);
+  }
+  const Domain &s = g.stats, &a = g.affine;
+  char text[200];
+  std::snprintf(text, sizeof(text), "%s [%ld %ld %ld %ld] [%ld %ld %ld %ld] dtype %d act %d options %u", g.name, long(s.batch), long(s.rows),
+                long(s.keep), long(s.cols), long(a.batch), long(a.rows), long(a.keep), long(a.cols), int(dtype), int(act), options);
+  c.name = text;
+  return c;
+}
+
+void table() {
+  struct Shape {
+    int64_t n, c, s, g;
+  };
+  const Shape shapes[] = {{1, 1, 1, 1},   {2, 3, 1, 3},     {1, 6, 5, 2},   {3, 8, 4, 4},      {2, 12, 49, 3}, {2, 65, 7, 5},
+                          {1, 40, 33, 4}, {5, 32, 100, 32}, {2, 64, 577, 2}, {1, 4100, 17, 41}, {4, 3, 6000, 1}, {1, 2, 70001, 1}};
+  unsigned turn = 0;
+  for (const Shape& shape : shapes)
+    for (const Geometry& g : geometries(shape.n, shape.c, shape.s, shape.g))
+      for (DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
+        // Large shapes take every fourth dtype in turn, small ones all of them with every activation.
+        const bool large = g.stats.numel() > 20000;
+        if (large && (turn + int(dtype)) % 4 != 0) continue;
+        for (Act act : {Act::none, Act::relu, Act::silu, Act::gelu, Act::leaky_relu}) {
+          ++turn;
+          if (large && turn % 5 != 0) continue;
+          run(make(g, dtype, turn * 7 % 128, act));
+        }
+        if (!large) run(make(g, dtype, 3, Act::none, 20));
+        if (large) run(make(g, dtype, turn % 128, Act::none));
+      }
+}
+
+// ---- exact properties ----
+
+// Relative L2 error of y and dx at an offset, against the same rounded input.
+void offsets() {
+  for (const Geometry& g : geometries(2, 64, 196, 8)) {
+    if (g.moments != Moments::mean_var) continue;
+    double base[2] = {};
+    for (double offset : {0.0, 1e2, 1e4}) {
+      const Case c = make(g, DType::f32, 1, Act::none, offset);
+      const Truth t = truth(c);
+      const int64_t numel = g.stats.numel(), groups = g.stats.groups();
+      Vector y(DType::f32, numel), dx(DType::f32, numel), mean(DType::f64, groups), var(DType::f64, groups);
+      ForwardArgs f;
+      f.x = c.x.data();
+      f.weight = {c.weight.data(), c.weight.dtype};
+      f.y = y.data();
+      f.mean_out = static_cast<double*>(mean.data());
+      f.var_out = static_cast<double*>(var.data());
+      cpu::forward(c.p, f, kPools[1]);
+      BackwardArgs b;
+      b.dy = c.dy.data();
+      b.x = c.x.data();
+      b.weight = f.weight;
+      b.mean = {mean.data(), DType::f64};
+      b.var = {var.data(), DType::f64};
+      b.dx = dx.data();
+      cpu::backward(c.p, b, kPools[1]);
+      const auto error = [&](const Vector& got, const std::vector<Real>& exact) {
+        Real off = 0, all = 0;
+        for (int64_t i = 0; i < numel; ++i) off += (got[i] - exact[i]) * (got[i] - exact[i]), all += exact[i] * exact[i];
+        return double(std::sqrt(off / all));
+      };
+      const double errors[2] = {error(y, t.y), error(dx, t.dx)};
+      for (int i = 0; i < 2; ++i) {
+        if (offset == 0) base[i] = errors[i];
+        check(errors[i] <= 1e-7 && errors[i] <= 2 * base[i], "%s: error %g of %s at mean/std %g", g.name, errors[i], i ? "dx" : "y", offset);
+      }
+    }
+  }
+}
+
+void exact_properties() {
+  for (const Geometry& g : geometries(2, 12, 40, 3)) {
+    if (g.moments != Moments::mean_var) continue;
+    const int64_t numel = g.stats.numel(), groups = g.stats.groups();
+    for (DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
+      for (const cpu::Threads& threads : kPools) {
+        // Equal values: no variance at all, and y is the bias.
+        Case c = make(g, dtype, 3, Act::none);
+        c.bias.dtype == dtype ? void() : void(c.bias = normal_vector(dtype, g.affine.groups()));
+        c.x = Vector(dtype, numel, 1234.56789);
+        Vector y(dtype, numel), mean(DType::f64, groups), var(DType::f64, groups);
+        ForwardArgs f;
+        f.x = c.x.data();
+        f.weight = {c.weight.data(), c.weight.dtype};
+        f.bias = {c.bias.data(), c.bias.dtype};
+        f.y = y.data();
+        f.mean_out = static_cast<double*>(mean.data());
+        f.var_out = static_cast<double*>(var.data());
+        cpu::forward(c.p, f, threads);
+        for (int64_t i = 0; i < groups; ++i) check(mean[i] == c.x[0] && var[i] == 0, "%s: moments of equal values", c.name.c_str());
+        for (int64_t e = 0; e < numel; ++e) check(y[e] == c.bias[g.affine.group_of(e)], "%s: y of equal values", c.name.c_str());
+
+        // A NaN or an infinity spoils its own group, and no other.
+        for (double bad : {double(NAN), double(INFINITY)}) {
+          c.x = normal_vector(dtype, numel);
+          const int64_t where = numel / 2 + 1, spoilt = g.stats.group_of(where);
+          c.x.set(where, bad);
+          f.x = c.x.data();
+          cpu::forward(c.p, f, threads);
+          for (int64_t e = 0; e < numel; ++e)
+            check(std::isnan(y[e]) == (g.stats.group_of(e) == spoilt), "%s: %g spoils its group", c.name.c_str(), bad);
+        }
+      }
+    }
+    // Squares far beyond float32.
+    Case c = make(g, DType::f32, 0, Act::none);
+    for (int64_t e = 0; e < numel; ++e) c.x.set(e, c.x[e] * 1e30);
+    Vector y(DType::f32, numel);
+    ForwardArgs f;
+    f.x = c.x.data();
+    f.y = y.data();
+    cpu::forward(c.p, f, kPools[0]);
+    const Truth t = truth(c);
+    near("y at 1e30", c, y, t.y, t.y_scale, 0x1p-30);
+  }
+}
+
+// The first value of a chunk is what its sums are relative to: it must not matter which one it is.
+void outlier_first() {
+  for (double outlier : {1e4, 1e8, 1e15}) {
+    Case c = make({"outlier", {1, 1, 1, 200000}, {1, 1, 1, 200000}}, DType::f64, 0, Act::none);
+    c.x.set(0, outlier);
+    const Truth t = truth(c);
+    for (const cpu::Threads& threads : kPools) {
+      double mean = 0, var = 0;
+      cpu::moments(c.p, {c.x.data(), &mean, &var}, threads);
+      check(std::fabs(var - t.var[0]) <= 1e-10 * t.var[0], "outlier %g: var", outlier);
+      check(std::fabs(mean - t.mean[0]) <= 1e-13 * std::sqrt(t.var[0]), "outlier %g: mean", outlier);
+    }
+  }
+}
+
+// Results of half types are the correctly rounded ones but for near ties.
+void correctly_rounded() {
+  for (const Geometry& g : geometries(4, 64, 100, 8)) {
+    for (DType dtype : {DType::f16, DType::bf16}) {
+      Case c = make(g, dtype, 3, Act::none, 0.5);
+      const Truth t = truth(c);
+      const int64_t numel = g.stats.numel();
+      Vector y(dtype, numel), one(dtype, 1);
+      ForwardArgs f;
+      f.x = c.x.data();
+      f.weight = {c.weight.data(), c.weight.dtype};
+      f.bias = {c.bias.data(), c.bias.dtype};
+      f.mean = {c.mean.data(), c.mean.dtype};
+      f.var = {c.var.data(), c.var.dtype};
+      f.y = y.data();
+      cpu::forward(c.p, f, kPools[0]);
+      int64_t wrong = 0;
+      for (int64_t e = 0; e < numel; ++e) {
+        one.set(0, double(t.y[e]));
+        wrong += one[0] != y[e];
+      }
+      check(wrong <= numel / 1000, "%s: %ld of %ld not correctly rounded", c.name.c_str(), long(wrong), long(numel));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace normkern::test
+
+int main() {
+  std::printf("instruction set: %s\n", normkern::cpu::instruction_set());
+  normkern::test::exact_properties();
+  normkern::test::outlier_first();
+  normkern::test::offsets();
+  normkern::test::correctly_rounded();
+  normkern::test::table();
+  return normkern::test::report("test_cpu");
+}
