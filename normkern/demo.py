@@ -465,6 +465,7 @@ def run(
                 speeds.append(speed(row, rounds, dtype, target))
                 progress.advance(bar)
         console.print(speed_table(speeds, dtype, rounds))
+    console.print()
     console.print(backend_table(compared, dtype, target))
     for name, value in (*build_lines(), *device_lines()):
         console.print(f"{name:<13} {value}", highlight=False)
