@@ -82,13 +82,20 @@ def check_running(
         raise ValueError(
             f"{name}: running_mean and running_var must both be given or both be None; got {given} and no {missing}"
         )
-    for what, t in (("running_mean", mean), ("running_var", var)):
-        if t is not None and isinstance(t, Tensor) and t.requires_grad:
-            raise RuntimeError(f"{name}: {what} must not require gradients; got requires_grad=True")
-    return (
-        check_parameter(name, "running_mean", mean, (channels,), x),
-        check_parameter(name, "running_var", var, (channels,), x),
+    return _check_statistic(name, "running_mean", mean, channels, used, x), _check_statistic(
+        name, "running_var", var, channels, used, x
     )
+
+
+def _check_statistic(
+    name: str, what: str, t: Tensor | None, channels: int, used: str | None, x: Tensor
+) -> Tensor | None:
+    contiguous = check_parameter(name, what, t, (channels,), x)
+    if t is not None and t.requires_grad:
+        raise RuntimeError(f"{name}: {what} must not require gradients; got requires_grad=True")
+    if t is not None and used is None and t is not contiguous and t.stride(0) == 0:
+        raise RuntimeError(f"{name}: {what} must have memory for {channels} elements; got an expanded tensor")
+    return contiguous
 
 
 def check_flag(name: str, what: str, value: bool) -> None:

@@ -385,7 +385,7 @@ def moments(input: Tensor, dim: int | Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def _checked_dims(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
     """The dimensions to reduce, not negative, ascending; none means all, as in torch.var_mean."""
-    asked = (dim,) if isinstance(dim, int) else tuple(dim)
+    asked = tuple(dim) if isinstance(dim, tuple | list) else (dim,)
     rank = max(x.dim(), 1)
     for d in asked:
         if not isinstance(d, int):
