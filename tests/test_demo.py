@@ -1,6 +1,7 @@
 # `python -m normkern demo --quick` from end to end, and what its tables claim; `info`; the message for missing extras.
 from __future__ import annotations
 
+import io
 import math
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from normkern import demo  # noqa: E402
 
 @pytest.fixture(scope="module")
 def quick() -> tuple[demo.Report, str]:
-    console = Console(width=100, record=True, quiet=True)
+    console = Console(width=100, file=io.StringIO(), color_system=None)
     threads = torch.get_num_threads()
     torch.set_num_threads(
         1
@@ -29,7 +30,7 @@ def quick() -> tuple[demo.Report, str]:
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (torch.get_num_threads(), torch.backends.cudnn.enabled)
     torch.set_num_threads(threads)
-    return report, console.export_text()
+    return report, console.file.getvalue()
 
 
 def test_networks_learn_alike(quick: tuple[demo.Report, str]) -> None:
