@@ -66,7 +66,7 @@ def setups() -> Iterator[Setup]:
     if torch.cuda.is_available():
         yield Setup("native", "cuda", missing=BACKENDS["native"].why_not(torch.empty(1, device="cuda")))
         yield Setup("eager", "cuda")
-    for name in set(BACKENDS) - {"eager", "native"}:
+    for name in sorted(set(BACKENDS) - {"eager", "native"}):
         if not name.startswith("emulated"):
             device = "cuda" if torch.cuda.is_available() else "cpu"
             yield Setup(name, device, BACKENDS[name].why_not(torch.empty(1, device=device)))
@@ -76,8 +76,10 @@ SETUPS = list(setups())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-    parser.addoption("--bounds", action="store_true", help="print how much of its error bound every backend used")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow; so does any -m")
+    parser.addoption(
+        "--bounds", action="store_true", help="print how much of its error bound every backend used (not with -n)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -106,7 +108,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
+    if config.getoption("--slow") or config.getoption("-m"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)

@@ -25,6 +25,7 @@ LEAK = 0.01
 class Expected:
     value: Tensor  # float64
     scale: Tensor  # S, float64
+    unit: float  # unit roundoff of the type that x is computed in
     dtype: torch.dtype  # of the result
     rounded: bool = False  # half precision: must mostly equal the rounded truth bit for bit
 
@@ -87,8 +88,12 @@ def forward(case: Case, i: Inputs) -> Forward:
     # error is in proportion to the spread of the group: 1 standard deviation. No k, at any offset.
     xhat_scale = xhat.abs() + (0 if case.given or case.norm == "rms" else var.sqrt() * rstd)
     if case.dtype == "float64":
-        # The saved mean is one float64: its last place counts. Nobody promises float64 at more than float64.
+        # Nobody promises float64 at more than float64. The saved mean is one float64: its last place counts (k). Sums
+        # are around one of the values, so an outlier there magnifies the variance's rounding by xhat^2 of that value.
         xhat_scale = xhat_scale + mean.abs() * rstd
+        if xhat.shape[1] and not case.given and case.norm != "rms":
+            outlier = xhat.abs().amax(1, keepdim=True)
+            xhat_scale = xhat_scale + outlier + xhat.abs() * outlier.square()
     xhat, xhat_scale = case.ungrouped(xhat), case.ungrouped(xhat_scale.expand_as(x))
     one = torch.ones(case.param_shape, dtype=torch.float64)
     weight = case.broadcast(one if i.weight is None else i.weight.double())
@@ -115,9 +120,9 @@ def unit(dtype: torch.dtype) -> float:
 def expected(case: Case, i: Inputs) -> dict[str, Expected]:
     """Everything a call and its backward pass produce."""
     f = forward(case, i)
-    dtype, param_dtype = case.torch_dtype, case.torch_param_dtype
+    u, dtype, param_dtype = unit(case.torch_dtype), case.torch_dtype, case.torch_param_dtype
     y, slope = act(case.act, f.z)
-    out = {"y": Expected(y, SLOPE[case.act] * f.z_scale, dtype, rounded=True)}
+    out = {"y": Expected(y, SLOPE[case.act] * f.z_scale, u, dtype, rounded=True)}
 
     dy = i.dy.double()
     dz = dy * slope
@@ -125,13 +130,13 @@ def expected(case: Case, i: Inputs) -> dict[str, Expected]:
     if CURVATURE[case.act]:
         dz_scale = dz_scale + dy.abs() * CURVATURE[case.act] * f.z_scale
     if i.residual is not None:
-        out["dresidual"] = Expected(dz, dz_scale, dtype, rounded=True)
+        out["dresidual"] = Expected(dz, dz_scale, u, dtype, rounded=True)
     # A sum's scale is the sum of the magnitudes, its own length not included: partial sums are float64.
     if i.weight is not None:
         scale = case.unbroadcast(dz_scale * f.xhat_scale)
-        out["dweight"] = Expected(case.unbroadcast(dz * f.xhat), scale, param_dtype)
+        out["dweight"] = Expected(case.unbroadcast(dz * f.xhat), scale, u, param_dtype)
     if i.bias is not None:
-        out["dbias"] = Expected(case.unbroadcast(dz), case.unbroadcast(dz_scale), param_dtype)
+        out["dbias"] = Expected(case.unbroadcast(dz), case.unbroadcast(dz_scale), u, param_dtype)
 
     g, xhat = case.grouped(dz * f.weight), case.grouped(f.xhat)
     g_scale, xhat_scale = case.grouped(dz_scale * f.weight.abs()), case.grouped(f.xhat_scale)
@@ -143,7 +148,7 @@ def expected(case: Case, i: Inputs) -> dict[str, Expected]:
         if case.norm != "rms":
             dx = dx - g.mean(1, keepdim=True)
             scale = scale + g_scale.mean(1, keepdim=True)
-    out["dx"] = Expected(case.ungrouped(f.rstd * dx), case.ungrouped(f.rstd * scale), dtype, rounded=True)
+    out["dx"] = Expected(case.ungrouped(f.rstd * dx), case.ungrouped(f.rstd * scale), u, dtype, rounded=True)
 
     if i.running_mean is not None and i.running_var is not None and case.training and case.numel:
         out |= running(case, i, f)
@@ -158,14 +163,14 @@ def running(case: Case, i: Inputs, f: Forward) -> dict[str, Expected]:
     means, variances = f.mean.view(-1, case.shape[1]), f.var.view(-1, case.shape[1])
     unbiased = variances.mean(0) * count / (count - 1)
     old_mean, old_var = i.running_mean.double(), i.running_var.double()
-    keep, dtype = 1 - MOMENTUM, i.running_mean.dtype
+    keep, u, dtype = 1 - MOMENTUM, unit(case.torch_dtype), i.running_mean.dtype
     # The mean is known to a fraction of the spread, and means of several instances may cancel.
     mean_scale = means.abs().mean(0) + variances.sqrt().mean(0)
     return {
         "running_mean": Expected(
-            keep * old_mean + MOMENTUM * means.mean(0), keep * old_mean.abs() + MOMENTUM * mean_scale, dtype
+            keep * old_mean + MOMENTUM * means.mean(0), keep * old_mean.abs() + MOMENTUM * mean_scale, u, dtype
         ),
-        "running_var": Expected(keep * old_var + MOMENTUM * unbiased, keep * old_var + MOMENTUM * unbiased, dtype),
+        "running_var": Expected(keep * old_var + MOMENTUM * unbiased, keep * old_var + MOMENTUM * unbiased, u, dtype),
     }
 
 
@@ -191,10 +196,8 @@ def compare(name: str, got: Tensor, want: Expected, case: object = "") -> float:
         assert same.all(), f"{case}: {name} is not nan or inf where the truth is, e.g. at {first(~same)}"
     error = torch.where(finite, (got.double() - value).abs(), 0)
     # Float32 values near the smallest normal lose digits in kernels too, hence the floor.
-    allowed = (
-        C * unit(want.dtype) * want.scale
-        + torch.finfo(torch.float64 if want.dtype == torch.float64 else torch.float32).tiny
-    )
+    floor = torch.finfo(torch.float64 if want.unit < 2**-50 else torch.float32).tiny
+    allowed = C * want.unit * want.scale + floor
     rounding = half_ulp(value, want.dtype)
     used = torch.where(finite, (error - rounding).clamp(min=0) / allowed, 0)
     worst = used.max().item()
@@ -206,10 +209,12 @@ def compare(name: str, got: Tensor, want: Expected, case: object = "") -> float:
             f"{C * worst:.3g} u*S beyond half an ulp (allowed {C}); so are {int((used > 1).sum())} of {used.numel()}"
         )
     if want.rounded and want.dtype in (torch.float16, torch.bfloat16):
-        differ = int((got != value.to(want.dtype)).logical_and(finite).sum())
-        allowed_to_differ = max(2, round((1 - BIT_EQUAL) * got.numel()))
+        # Where terms cancel, their rounding in float32 outweighs the last place of the result: no say there.
+        settled = finite & (allowed <= rounding / 4)
+        differ = int((settled & (got != value.to(want.dtype))).sum())
+        allowed_to_differ = max(2, round((1 - BIT_EQUAL) * int(settled.sum())))
         assert differ <= allowed_to_differ, (
-            f"{case}: {name}: {differ} of {got.numel()} are not the correctly rounded value"
+            f"{case}: {name}: {differ} of {int(settled.sum())} are not the correctly rounded value"
         )
     return C * worst
 
