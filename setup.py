@@ -163,5 +163,6 @@ if __name__ == "__main__":
     setup(
         ext_modules=[Extension("normkern._host", sources=[])],  # its presence makes the wheel a platform's
         cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
-        setup_requires=[] if has_cmake() else ["cmake>=3.22"],
+        # pip asks for this through egg_info, and fetches it into an isolated build; nothing else should fetch.
+        setup_requires=["cmake>=3.22"] if "egg_info" in sys.argv and not has_cmake() else [],
     )

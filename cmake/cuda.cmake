@@ -1,8 +1,12 @@
 # Decides NK_CUDA, and before the language is enabled also the compiler and the architectures.
-find_program(NORMKERN_NVCC nvcc
-  HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
-if(DEFINED ENV{CUDACXX})
-  set(NORMKERN_NVCC "$ENV{CUDACXX}")
+find_program(NORMKERN_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
+foreach(choice "$ENV{CUDACXX}" "${CMAKE_CUDA_COMPILER}")
+  if(choice)
+    set(NORMKERN_NVCC "${choice}")
+  endif()
+endforeach()
+if(NOT EXISTS "${NORMKERN_NVCC}")
+  set(NORMKERN_NVCC "")
 endif()
 
 if(NOT NORMKERN_CUDA STREQUAL "AUTO")
@@ -54,16 +58,23 @@ endfunction()
 
 # One process holds torch's CUDA runtime and ours: they must be of one major version. A CPU build of torch has none.
 function(nk_check_cuda_major)
-  string(REGEX MATCH "^[0-9]+" ours "${CMAKE_CUDA_COMPILER_VERSION}")
+  execute_process(COMMAND "${NORMKERN_NVCC}" --version OUTPUT_VARIABLE said ERROR_QUIET)
+  string(REGEX MATCH "release ([0-9]+)(\\.[0-9]+)" found "${said}")
+  set(ours "${CMAKE_MATCH_1}")
+  set(version "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+  if(NOT found)
+    message(FATAL_ERROR "normkern: '${NORMKERN_NVCC} --version' does not tell a CUDA release; set CUDACXX to a working "
+      "nvcc, or NORMKERN_CUDA=0 for the CPU kernels alone")
+  endif()
   string(REGEX MATCH "^[0-9]+" theirs "${NK_TORCH_CUDA}")
-  if(theirs AND NOT ours STREQUAL theirs)
-    message(FATAL_ERROR "normkern: nvcc is of CUDA ${CMAKE_CUDA_COMPILER_VERSION} but PyTorch is built for CUDA "
-      "${NK_TORCH_CUDA}; set CUDACXX to the nvcc of a CUDA ${theirs} toolkit, or NORMKERN_CUDA=0 for the CPU kernels "
-      "alone")
+  if(theirs AND NOT ours EQUAL theirs)
+    message(FATAL_ERROR "normkern: nvcc is of CUDA ${version} but PyTorch is built for CUDA ${NK_TORCH_CUDA}; set CUDACXX "
+      "to the nvcc of a CUDA ${theirs} toolkit, or NORMKERN_CUDA=0 for the CPU kernels alone")
   endif()
 endfunction()
 
 if(NK_CUDA)
+  nk_check_cuda_major()
   if(NOT DEFINED CACHE{CMAKE_CUDA_ARCHITECTURES})
     nk_cuda_architectures(CMAKE_CUDA_ARCHITECTURES)
   endif()
