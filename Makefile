@@ -5,7 +5,6 @@
 # NORMKERN_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS reach the build (see setup.py).
 
 VENV ?= .venv
-PYTEST_ARGS ?= -m "not slow"
 
 ifdef PYTHON
   ENVIRONMENT :=
@@ -14,8 +13,8 @@ else
   PYTHON := $(abspath $(VENV))/bin/python
   ENVIRONMENT := $(VENV)/made
   INSTALL := $(PYTHON) -m pip install -q --no-build-isolation -e '.[test,demo,bench]'
-  export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
+export PATH := $(dir $(PYTHON)):$(PATH)
 # The pinned torch; where there is an NVIDIA GPU, any that fits its driver.
 TORCH := $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'torch>=2.11'; else echo 'torch==2.13.0'; fi)
 NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
