@@ -263,7 +263,7 @@ def speed(row: Row, rounds: int, dtype: torch.dtype, device: torch.device) -> Sp
         return call
 
     forward, training = (
-        interleaved({name: rival(name, library, mode) for name, library in libraries.items()}, device, rounds)
+        interleaved({name: rival(name, library, mode) for name, library in libraries.items()}, device, rounds, limit=2)
         for mode in (False, True)
     )
     return Speed(row, forward, training)
@@ -360,7 +360,7 @@ def speed_table(results: list[Speed], dtype: torch.dtype, rounds: int) -> Table:
     rivals = ["torch", "cudnn"] if cudnn else ["torch"]
     made = table(
         f"Milliseconds of a call, {str(dtype).removeprefix('torch.')}",
-        f"Medians of {rounds} rounds in which the rivals take turns; 'faster': torch's time over normkern's."
+        f"Medians of up to {rounds} rounds in which the rivals take turns; 'faster': torch's time over normkern's."
         + (" torch runs without cuDNN; cudnn is torch with it." if cudnn else ""),
         "\nnorm",
         "\nshape",

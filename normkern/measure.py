@@ -67,12 +67,15 @@ class Stopwatch:
         return {name: self.time(calls[name]) for name in names[shift:] + names[:shift]}
 
 
-def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int, warmup: int = 2) -> dict[str, Times]:
-    """Time the rivals in turn, `rounds` calls each."""
+def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int, limit: float = 60) -> dict[str, Times]:
+    """Time the rivals in turn, `rounds` calls each, or fewer (but five) where that takes over `limit` seconds."""
     watch = Stopwatch(device)
-    for number in range(warmup):
+    for number in range(2):  # first calls load, allocate and compile
         watch.round(calls, number)
-    samples = [watch.round(calls, number) for number in range(rounds)]
+    start = time.perf_counter()
+    samples: list[dict[str, float]] = []
+    while len(samples) < rounds and (len(samples) < 5 or time.perf_counter() - start < limit):
+        samples.append(watch.round(calls, len(samples)))
     return {name: Times(tuple(sample[name] for sample in samples)) for name in calls}
 
 
