@@ -220,8 +220,10 @@ constexpr Workspace workspace_of(const Problem& p, const Plan& plan, Pass pass) 
   return w;
 }
 
-// Batch norm: one reduction gives dweight, dbias and what dx needs.
-constexpr bool shared_domain(const Problem& p) { return simplify(p.stats) == simplify(p.affine); }
+// Batch norm: the sums that dx needs are dweight and dbias, too, so no reduction of their own is launched.
+constexpr bool sums_shared(const Problem& p) {
+  return p.moments != Moments::given && simplify(p.stats) == simplify(p.affine);
+}
 
 constexpr Strategy choose_strategy(const Problem& p, const Request& request, int vec, const Gpu& gpu) {
   if (p.moments == Moments::given || request.strategy == Strategy::split) return Strategy::split;
@@ -291,8 +293,7 @@ constexpr Plan make_plan(const Problem& p, const Request& request, const Gpu& gp
   } else {
     plan = plan_fused(plan, simplify(p.stats), p.dtype, backward ? 2 : 1, plan.strategy, gpu);
   }
-  const bool covered = shared_domain(p) && plan.reduce.launch.blocks > 0;
-  if (backward && request.affine_grads && !covered) plan.affine = reduction(p.affine);
+  if (backward && request.affine_grads && !sums_shared(p)) plan.affine = reduction(p.affine);
   plan.workspace_bytes = workspace_of(p, plan, request.pass).bytes;
   count_bytes(p, request, plan);
   return plan;

@@ -125,6 +125,8 @@ struct FusedBackward {
   Param mean, var;
   double count, eps;
   bool second;
+  bool channel_per_group;  // every group has one weight, so its sums are dweight and dbias
+  Grad dweight, dbias;     // only then
   int lanes;
 };
 
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward(const FusedBa
       widen(dy, g);
       f.affine.through_activation(channel, c, xhat, g);
       if (last && f.dresidual) store_chunk<T, V>(f.dresidual, c, narrow<T, V>(g));
-      f.affine.multiply_weight(channel, c.n, g);
+      if (last || !f.channel_per_group) f.affine.multiply_weight(channel, c.n, g);
     };
     A sum = 0, product = 0;
     each([&](const Chunk& c, const Access& x, const Access& dy) {
@@ -182,7 +184,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_backward(const FusedBa
       sum += chunk_sum;
       product += chunk_product;
     });
-    const Sums total = seat.sum({double(sum), double(product)}, round);
+    Sums total = seat.sum({double(sum), double(product)}, round);
+    if (f.channel_per_group && slots > 0) {
+      if (seat.lane == 0 && f.dweight.data) write(f.dweight, group, total.second);
+      if (seat.lane == 0 && f.dbias.data) write(f.dbias, group, total.first);
+      const double weight = f.affine.weight.data ? read<double>(f.affine.weight, group) : 1;
+      total = {total.first * weight, total.second * weight};
+    }
+    if (!f.dx && !f.dresidual) continue;
     const A average = f.second ? A(0) : A(total.first / f.count), slope = A(total.second / f.count);
     each([&](const Chunk& c, const Access& x, const Access& dy) {
       A xhat[V], g[V];

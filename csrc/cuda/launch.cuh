@@ -61,23 +61,26 @@ class Launcher {
   int backward(const BackwardArgs& a) const {
     const bool elements = a.dx || a.dresidual, params = a.dweight.data || a.dbias.data;
     const bool split = plan_.strategy == Strategy::split;
-    const bool reduces = split && p_.moments != Moments::given;
-    const bool covered = reduces && shared_domain(p_);  // one reduction for dx, dweight and dbias
-    if (split || params) NK_CHECK_CUDA(prepare_arrays(a.mean, a.var));
-    if (reduces && (a.dx || (covered && params))) {
+    const bool shared = sums_shared(p_);
+    if (split || (params && !shared)) NK_CHECK_CUDA(prepare_arrays(a.mean, a.var));
+    if (!split && (elements || (params && shared))) NK_CHECK_CUDA(fused_gradients(a));
+    if (split && p_.moments != Moments::given && (a.dx || (params && shared))) {
       GradientsOf<T, V> op = gradients_of(a);
       op.walks_stats = true;
-      op.walks_affine = covered;
+      op.walks_affine = shared;
       op.averages = average_arrays();
-      if (covered) op.dweight = a.dweight, op.dbias = a.dbias;
+      if (shared) {
+        op.dweight = a.dweight;
+        op.dbias = a.dbias;
+      }
       NK_CHECK_CUDA(reduce(plan_.reduce, p_.stats, op, layout_.reduce));
     }
-    if (elements) NK_CHECK_CUDA(split ? map_gradients(a) : fused_gradients(a));
-    if (params && !covered) {
+    if (split && elements) NK_CHECK_CUDA(map_gradients(a));
+    if (params && !shared) {
       GradientsOf<T, V> op = gradients_of(a);
-      op.walks_stats = shared_domain(p_);
       op.walks_affine = true;
-      op.dweight = a.dweight, op.dbias = a.dbias;
+      op.dweight = a.dweight;
+      op.dbias = a.dbias;
       NK_CHECK_CUDA(reduce(plan_.affine, p_.affine, op, layout_.affine));
     }
     return 0;
@@ -128,6 +131,9 @@ class Launcher {
                                 double(d.count()),
                                 p_.eps,
                                 p_.moments == Moments::second,
+                                sums_shared(p_),
+                                a.dweight,
+                                a.dbias,
                                 plan_.lanes};
     return launch(config_of(plan_.fused), stream_, fused_backward<T, V>, f);
   }

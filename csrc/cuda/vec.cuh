@@ -11,8 +11,6 @@ namespace normkern::cuda {
 
 using namespace nk;
 
-constexpr int64_t kMostThreads = 1 << 30;  // bounds a grid-stride step, so that offsets cannot overflow
-
 // n neighbours from e on. n == V: one aligned access; fewer: one by one; none: outside.
 struct Chunk {
   int64_t e;
