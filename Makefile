@@ -26,8 +26,9 @@ CXX_FILES := $(shell find csrc tests/emulator -name build -prune -o -name '*.h' 
 demo: build/installed
 	$(PYTHON) -m normkern demo
 
-test: build/installed build/tests/passed
-	$(PYTHON) -m pytest $(PYTEST_ARGS) $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo -n auto --maxprocesses 8)
+test: build/installed build/tests/passed build/emulator/made
+	NORMKERN_EMULATOR_DIR=$(abspath build/emulator) \
+	  $(PYTHON) -m pytest $(PYTEST_ARGS) $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo -n auto --maxprocesses 8)
 
 bench: build/installed
 	$(PYTHON) -m pytest bench --benchmark-only $(BENCH_ARGS)
@@ -63,6 +64,12 @@ build/options: force
 build/installed: build/options $(ENVIRONMENT) $(NATIVE_SOURCES)
 	$(INSTALL)
 	touch $@
+
+# Made before pytest, whose parallel workers would make it at the same time. It needs g++ and CUDA's headers; the tests
+# say so themselves where it is missing.
+EMULATOR_SOURCES := $(wildcard tests/emulator/*.cpp tests/emulator/*.h* tests/emulator/CMakeLists.txt)
+build/emulator/made: $(ENVIRONMENT) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
+	PYTHONPATH=tests $(PYTHON) -c 'from emulator.backend import MODES, build; [build(mode) for mode in MODES]' && touch $@ || true
 
 # The C++ tests know neither Python nor torch.
 build/tests/passed: $(ENVIRONMENT) $(NATIVE_SOURCES)
