@@ -187,13 +187,7 @@ int zero_async(void* data, size_t bytes, Stream stream);
 
 inline void fence() { ::emulator::fence(); }
 
-inline unsigned load_acquire(const unsigned* address) {
-  const unsigned value =
-      ::emulator::read_modify_write(const_cast<unsigned*>(address), [](unsigned before) { return before; });
-  ::emulator::fence();
-  ::emulator::spin();
-  return value;
-}
+inline unsigned load_acquire(const unsigned* address) { return ::emulator::load_acquire(address); }
 
 inline void add_release(unsigned* address, unsigned value) {
   ::emulator::fence();

@@ -17,10 +17,10 @@ namespace emulator {
 
 // Where in the kernel source a call stands, for reports: taken from the caller by default arguments.
 struct Site {
-  const char* file = nullptr;
-  int line = 0;
+  const char* file;
+  int line;
 };
-#define NK_SITE ::emulator::Site site = ::emulator::Site{__builtin_FILE(), __builtin_LINE()}
+#define NK_SITE ::emulator::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 // What the running CUDA thread can see of itself.
 struct ThreadView {
@@ -31,9 +31,9 @@ struct ThreadView {
 extern ThreadView* current;  // null outside a kernel
 
 struct LaunchConfig {
-  dim3 grid, block;
+  dim3 grid = {}, block = {};
   size_t shared = 0;
-  dim3 cluster;
+  dim3 cluster = {};
   bool cooperative = false;
 };
 
@@ -42,16 +42,25 @@ struct Options {
   int resident_clusters = 4;       // at most so many run interleaved (random orders only; cooperative: all)
   int yield_percent = 25;          // chance of a switch at an atomic (random orders only)
   int preempt_ppm = 0;             // chance in a million of a switch at any memory access (checked build only)
-  size_t stack_bytes = 128 << 10;  // of a fiber
-  size_t shared_limit = 232448;    // dynamic shared memory of a block, after opting in
+  int64_t sms = 132;               // multiprocessors: how many blocks of a cooperative launch can be resident
+  int64_t shared_limit = 232448;   // shared memory of a block, after opting in
+  int64_t shared_per_sm = 233472;
 };
 extern Options options;
 
 // A find: the message names the kernel, the thread and the place. Ends the kernel that runs now.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+// The kernel of a launch and its arguments; `body(arguments)` is what one thread runs.
+struct Call {
+  const void* kernel;
+  void (*body)(void* arguments);
+  void* arguments;
+  size_t argument_bytes;
+};
+
 // Runs a grid to its end; throws std::runtime_error with the find, if there is one.
-void run(const LaunchConfig& config, void (*body)(void*), void* state, const void* kernel);
+void run(const LaunchConfig& config, const Call& call);
 void set_last_error(const char* message);
 const char* last_error();
 long long switches();  // fiber switches so far
@@ -61,8 +70,10 @@ long long switches();  // fiber switches so far
 enum class Use { In, Out, InOut };
 void add_region(void* data, size_t bytes, Use use, const char* name, int grain);
 void drop_region(void* data);
-// Throws std::runtime_error unless every byte of the region has been written since it was added.
+// Throws std::runtime_error if a byte of the region has not been written since it was added.
 void require_written(void* data);
+// cudaMemset to zero.
+void zero(void* data, size_t bytes);
 
 void block_barrier(Site site);
 void cluster_barrier(Site site);
@@ -81,7 +92,7 @@ void* map_to_rank(void* shared, int rank);
 
 void fence();
 void atomic_begin(void* address, size_t bytes);
-void spin();  // one turn of a loop that waits for another thread
+unsigned load_acquire(const unsigned* address);  // lets others run: it stands in loops that wait for another thread
 void copy_async(void* shared, const void* global, int bytes, int source_bytes);
 void copy_async_commit();
 void copy_async_wait(int pending);
@@ -106,16 +117,16 @@ __attribute__((noinline, no_sanitize("thread"))) T read_modify_write(T* address,
 
 template <class... Parameters, class... Arguments>
 int launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  struct Call {
+  struct Bound {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
-  } call{kernel, std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)};
+  } bound{kernel, std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)};
   const auto body = [](void* state) {
-    auto own = static_cast<Call*>(state)->arguments;  // parameters are each thread's own
-    std::apply(static_cast<Call*>(state)->kernel, own);
+    auto own = static_cast<Bound*>(state)->arguments;  // parameters are each thread's own
+    std::apply(static_cast<Bound*>(state)->kernel, own);
   };
   try {
-    run(config, body, &call, reinterpret_cast<const void*>(kernel));
+    run(config, Call{reinterpret_cast<const void*>(kernel), body, &bound, sizeof bound});
     return 0;
   } catch (const std::exception& error) {
     set_last_error(error.what());

@@ -1,0 +1,41 @@
+// absent_dtypes.cpp: stands in for the element types that a build leaves out (NORMKERN_EMULATOR_DTYPES), so that the
+// rest links.
+#include "../../csrc/cuda/entry.h"
+#include "cuda_surface.hpp"
+
+namespace normkern::cuda {
+
+constexpr int kNotSupported = 801;
+
+template <class T>
+int forward_of(const Problem&, const Plan&, const ForwardArgs&, void*, void*) {
+  return kNotSupported;
+}
+template <class T>
+int backward_of(const Problem&, const Plan&, const BackwardArgs&, void*, void*) {
+  return kNotSupported;
+}
+template <class T>
+int moments_of(const Problem&, const Plan&, const MomentsArgs&, void*, void*) {
+  return kNotSupported;
+}
+
+#define NK_ABSENT(T)                                                                                  \
+  template int forward_of<T>(const Problem&, const Plan&, const ForwardArgs&, void*, void*);   \
+  template int backward_of<T>(const Problem&, const Plan&, const BackwardArgs&, void*, void*); \
+  template int moments_of<T>(const Problem&, const Plan&, const MomentsArgs&, void*, void*);
+
+#ifdef NK_ABSENT_F32
+NK_ABSENT(float)
+#endif
+#ifdef NK_ABSENT_F64
+NK_ABSENT(double)
+#endif
+#ifdef NK_ABSENT_F16
+NK_ABSENT(__half)
+#endif
+#ifdef NK_ABSENT_BF16
+NK_ABSENT(__nv_bfloat16)
+#endif
+
+}  // namespace normkern::cuda
