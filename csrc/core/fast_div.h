@@ -84,14 +84,17 @@ class Indexer {
   }
 
   // Whether the next n elements belong to n groups in a row.
-  constexpr bool consecutive(const Cursor& c, int n) const {
-    return near_cols_ == 1 && (contiguous_ || c.keep >= n);
-  }
+  constexpr bool consecutive(const Cursor& c, int n) const { return near_cols_ == 1 && (contiguous_ || c.keep >= n); }
 
  private:
   constexpr Indexer(const Domain& d, int)
-      : cols_(d.cols), keep_(d.keep), rows_(d.rows), near_cols_(near(d.cols)), near_keep_(near(d.keep)),
-        near_rows_(near(d.rows)), contiguous_(d.rows == 1) {}
+      : cols_(d.cols),
+        keep_(d.keep),
+        rows_(d.rows),
+        near_cols_(near(d.cols)),
+        near_keep_(near(d.keep)),
+        near_rows_(near(d.rows)),
+        contiguous_(d.rows == 1) {}
 
   FastDiv cols_, keep_, rows_;
   int near_cols_ = 1, near_keep_ = 1, near_rows_ = 1;

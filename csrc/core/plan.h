@@ -25,8 +25,8 @@ enum class Strategy : int32_t { automatic, warp, block, split };
 
 struct Request {
   Pass pass = Pass::forward;
-  bool aligned = true;         // every element buffer starts on a 16-byte boundary
-  bool affine_grads = false;   // backward: dweight or dbias is wanted
+  bool aligned = true;        // every element buffer starts on a 16-byte boundary
+  bool affine_grads = false;  // backward: dweight or dbias is wanted
   Strategy strategy = Strategy::automatic;
 };
 
@@ -51,8 +51,8 @@ struct Reduce {
 // then `map`. `affine` is the reduction of dweight and dbias where it is a launch of its own.
 struct Plan {
   Strategy strategy = Strategy::split;
-  int vec = 1;         // elements an access moves: 16 bytes' worth, or 1
-  int lanes = 0;       // threads that share a group in `fused`
+  int vec = 1;    // elements an access moves: 16 bytes' worth, or 1
+  int lanes = 0;  // threads that share a group in `fused`
   Launch fused, map;
   Reduce reduce, affine;
   int64_t workspace_bytes = 0;
@@ -61,8 +61,8 @@ struct Plan {
 
 // ---- geometry that planner, launcher and kernels share
 
-constexpr int kAccessBytes = 16;      // the widest access of a thread
-constexpr int kFusedThreads = 512;    // most threads of a block, by kernel: their __launch_bounds__
+constexpr int kAccessBytes = 16;    // the widest access of a thread
+constexpr int kFusedThreads = 512;  // most threads of a block, by kernel: their __launch_bounds__
 constexpr int kReduceThreads = 512;
 constexpr int kColumnThreads = 256;
 constexpr int kMapThreads = 256;

@@ -10,10 +10,10 @@
 namespace normkern::cuda {
 
 // Returns the error of a launch, if any, from the function around it.
-#define NK_CHECK_CUDA(call)             \
-  do {                                  \
-    const int error = (call);           \
-    if (error != 0) return error;       \
+#define NK_CHECK_CUDA(call)       \
+  do {                            \
+    const int error = (call);     \
+    if (error != 0) return error; \
   } while (false)
 
 inline LaunchConfig config_of(const Launch& launch) {
@@ -31,7 +31,10 @@ class Launcher {
 
  public:
   Launcher(const Problem& p, const Plan& plan, Pass pass, void* workspace, Stream stream)
-      : p_(p), plan_(plan), layout_(workspace_of(p, plan, pass)), workspace_(static_cast<char*>(workspace)),
+      : p_(p),
+        plan_(plan),
+        layout_(workspace_of(p, plan, pass)),
+        workspace_(static_cast<char*>(workspace)),
         stream_(stream) {}
 
   int forward(const ForwardArgs& a) const {
@@ -45,8 +48,8 @@ class Launcher {
       NK_CHECK_CUDA(prepare_arrays(a.mean, a.var));
     else
       NK_CHECK_CUDA(reduce_moments(a.x, a.mean_out, a.var_out, moment_arrays()));
-    const MapForward<T> map{static_cast<const T*>(a.x), static_cast<T*>(a.y), p_.stats.numel(), Indexer(p_.stats),
-                            moment_arrays(),            affine};
+    const MapForward<T> map{static_cast<const T*>(a.x), static_cast<T*>(a.y), p_.stats.numel(),
+                            Indexer(p_.stats),          moment_arrays(),      affine};
     return launch(config_of(plan_.map), stream_, map_forward<T, V>, map);
   }
 
@@ -91,9 +94,7 @@ class Launcher {
     return {weight, bias, static_cast<const T*>(residual), p_.act, Indexer(p_.affine)};
   }
 
-  A* array(int index) const {
-    return reinterpret_cast<A*>(workspace_ + layout_.arrays + index * layout_.array_bytes);
-  }
+  A* array(int index) const { return reinterpret_cast<A*>(workspace_ + layout_.arrays + index * layout_.array_bytes); }
   MomentArrays<A> moment_arrays() const {
     if (p_.moments == Moments::second) return {nullptr, nullptr, array(2)};
     return {array(0), array(1), array(2)};
@@ -105,16 +106,9 @@ class Launcher {
 
   int fused_moments(const void* x, void* y, const Affine<T>& affine, double* mean_out, double* var_out) const {
     const Domain d = simplify(p_.stats);
-    const FusedForward<T, V> f{static_cast<const T*>(x),
-                               static_cast<T*>(y),
-                               Runs<V>(d),
-                               affine,
-                               double(d.count()),
-                               p_.eps,
-                               p_.moments == Moments::second,
-                               mean_out,
-                               var_out,
-                               plan_.lanes};
+    const FusedForward<T, V> f{
+        static_cast<const T*>(x),      static_cast<T*>(y), Runs<V>(d), affine,     double(d.count()), p_.eps,
+        p_.moments == Moments::second, mean_out,           var_out,    plan_.lanes};
     return launch(config_of(plan_.fused), stream_, fused_forward<T, V>, f);
   }
 
@@ -154,14 +148,13 @@ class Launcher {
 
   // Also zeroes the tickets of the reductions to come: they lie first in their parts of the workspace.
   int prepare_arrays(const Param& mean, const Param& var) const {
-    const Prepare<A> prepared{
-        p_.moments == Moments::second ? Param{} : mean,
-        var,
-        p_.stats.groups(),
-        p_.eps,
-        moment_arrays(),
-        {tickets_at(layout_.reduce), tickets_at(layout_.affine)},
-        {ticket_count(p_.stats, plan_.reduce), ticket_count(p_.affine, plan_.affine)}};
+    const Prepare<A> prepared{p_.moments == Moments::second ? Param{} : mean,
+                              var,
+                              p_.stats.groups(),
+                              p_.eps,
+                              moment_arrays(),
+                              {tickets_at(layout_.reduce), tickets_at(layout_.affine)},
+                              {ticket_count(p_.stats, plan_.reduce), ticket_count(p_.affine, plan_.affine)}};
     int64_t most = prepared.groups;
     for (const int64_t count : prepared.counts) most = count > most ? count : most;
     Launch shape;
@@ -248,9 +241,9 @@ int moments_of(const Problem& p, const Plan& plan, const MomentsArgs& a, void* w
 }  // namespace normkern::cuda
 
 // In launch_*.cu: the three programs of one type.
-#define NK_INSTANTIATE(T)                                                                                          \
-  namespace normkern::cuda {                                                                                       \
-  template int forward_of<T>(const Problem&, const Plan&, const ForwardArgs&, void*, void*);                       \
-  template int backward_of<T>(const Problem&, const Plan&, const BackwardArgs&, void*, void*);                     \
-  template int moments_of<T>(const Problem&, const Plan&, const MomentsArgs&, void*, void*);                       \
+#define NK_INSTANTIATE(T)                                                                      \
+  namespace normkern::cuda {                                                                   \
+  template int forward_of<T>(const Problem&, const Plan&, const ForwardArgs&, void*, void*);   \
+  template int backward_of<T>(const Problem&, const Plan&, const BackwardArgs&, void*, void*); \
+  template int moments_of<T>(const Problem&, const Plan&, const MomentsArgs&, void*, void*);   \
   }

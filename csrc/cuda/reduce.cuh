@@ -11,7 +11,8 @@
 
 namespace normkern::cuda {
 
-// Count, mean and centred squares of x; or its squares alone.
+// Count, mean and centred squares of x; or its squares alone. Squares are taken in compute type: deviations above 1e19
+// overflow float32 (and bfloat16), and such a group is normalized to zero.
 template <class T, int V>
 struct MomentsOf {
   using A = Compute<T>;
@@ -133,7 +134,10 @@ struct GradientsOf {
     A first[V], second[V];
     terms(own, c, loaded, first, second);
     NK_UNROLL
-    for (int i = 1; i < V; ++i) first[0] += first[i], second[0] += second[i];
+    for (int i = 1; i < V; ++i) {
+      first[0] += first[i];
+      second[0] += second[i];
+    }
     state.first += first[0];
     state.second += second[0];
   }
@@ -146,7 +150,10 @@ struct GradientsOf {
     A first[V], second[V];
     terms(own, c, loaded, first, second);
     NK_UNROLL
-    for (int i = 0; i < V; ++i) state.first[i] += first[i], state.second[i] += second[i];
+    for (int i = 0; i < V; ++i) {
+      state.first[i] += first[i];
+      state.second[i] += second[i];
+    }
   }
 
   static NK_DEVICE Result result(const Column& column) { return {double(column.first), double(column.second)}; }
@@ -282,8 +289,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
       if (!arrive_last(meeting.tickets + batch * tile.tiles + left / tile.columns, parts)) continue;
       merge_columns(merged, columns, parts, [&](int column, int64_t from, int64_t to) {
         Result r;
-        for (int64_t p = from; p < to; ++p)
-          r = merge(r, meeting.partials[(batch * parts + p) * line + left + column]);
+        for (int64_t p = from; p < to; ++p) r = merge(r, meeting.partials[(batch * parts + p) * line + left + column]);
         return r;
       });
     }

@@ -13,9 +13,10 @@ namespace {
 constexpr Gpu kH200 = {132, 232448, 233472, 60 << 20, 16};
 
 // The planner is constexpr, so that an undefined operation in it does not compile.
-constexpr Plan kLayerNorm = make_plan(Problem{{16384, 1, 1, 4096}, {1, 16384, 4096, 1}, Moments::mean_var, Act::none, DType::bf16},
-                                      Request{}, kH200);
-static_assert(kLayerNorm.strategy == Strategy::block && kLayerNorm.vec == 8 && kLayerNorm.workspace_bytes == 0, "one read");
+constexpr Plan kLayerNorm = make_plan(
+    Problem{{16384, 1, 1, 4096}, {1, 16384, 4096, 1}, Moments::mean_var, Act::none, DType::bf16}, Request{}, kH200);
+static_assert(kLayerNorm.strategy == Strategy::block && kLayerNorm.vec == 8 && kLayerNorm.workspace_bytes == 0,
+              "one read");
 static_assert(FastDiv(7).divide(48) == 6 && FastDiv(7).divide(49) == 7, "division at compile time");
 
 void fast_division() {
@@ -31,8 +32,7 @@ void fast_division() {
   for (int64_t d : divisors) {
     const FastDiv fast(d);
     check(fast.divisor() == d, "divisor %ld", long(d));
-    for (int64_t n : numbers)
-      check(fast.divide(n) == n / d, "%ld / %ld", long(n), long(d));
+    for (int64_t n : numbers) check(fast.divide(n) == n / d, "%ld / %ld", long(n), long(d));
     for (int64_t multiple : {d, 2 * (d >> 1), (INT64_MAX / d) * d})
       for (int64_t n : {multiple - 1, multiple})
         if (n >= 0) check(fast.divide(n) == n / d, "%ld / %ld", long(n), long(d));
@@ -88,7 +88,8 @@ void tiles() {
           const int64_t line = keep * cols;
           check(tile.columns % cols == 0 && tile.columns <= kColumnThreads, "whole groups: %ld", long(tile.columns));
           check(tile.tiles * tile.columns >= line && (tile.tiles - 1) * tile.columns < line, "tiles cover a line");
-          check(tile.lanes >= 1 && tile.width * tile.lanes <= kColumnThreads && tile.threads() <= kColumnThreads, "threads");
+          check(tile.lanes >= 1 && tile.width * tile.lanes <= kColumnThreads && tile.threads() <= kColumnThreads,
+                "threads");
           check(tile.lanes * line % vec == 0, "a lane keeps its place within an access");
           for (int64_t row = 0; row < d.batch * rows; ++row)
             for (int64_t t = 0; t < tile.tiles; ++t) {
@@ -106,13 +107,17 @@ int64_t partials(const Problem& p, const Domain& domain, const Reduce& r) {
 
 void plans() {
   const Gpu chips[] = {kH200, {4, 49152, 65536, 1 << 20, 1}, {58, 101376, 102400, 48 << 20, 1}};
-  const Domain pairs[][2] = {
-      {{1, 1, 1, 1}, {1, 1, 1, 1}},           {{1, 1, 1, 100000000}, {1, 1, 100000000, 1}},
-      {{1000000, 1, 1, 8}, {1, 1000000, 8, 1}}, {{4, 1, 1, 1000003}, {1, 4, 1000003, 1}},
-      {{2, 4096, 32, 10}, {1, 8192, 320, 1}},   {{64, 1, 1, 40960}, {1, 2, 320, 4096}},
-      {{1, 256, 64, 12544}, {1, 256, 64, 12544}}, {{1, 3211264, 64, 1}, {1, 3211264, 64, 1}},
-      {{1, 1000000, 3, 1}, {1, 1000000, 3, 1}}, {{1, 1, 1000003, 1}, {1, 1, 1000003, 1}},
-      {{1, 256, 2048, 49}, {1, 256, 2048, 49}}};
+  const Domain pairs[][2] = {{{1, 1, 1, 1}, {1, 1, 1, 1}},
+                             {{1, 1, 1, 100000000}, {1, 1, 100000000, 1}},
+                             {{1000000, 1, 1, 8}, {1, 1000000, 8, 1}},
+                             {{4, 1, 1, 1000003}, {1, 4, 1000003, 1}},
+                             {{2, 4096, 32, 10}, {1, 8192, 320, 1}},
+                             {{64, 1, 1, 40960}, {1, 2, 320, 4096}},
+                             {{1, 256, 64, 12544}, {1, 256, 64, 12544}},
+                             {{1, 3211264, 64, 1}, {1, 3211264, 64, 1}},
+                             {{1, 1000000, 3, 1}, {1, 1000000, 3, 1}},
+                             {{1, 1, 1000003, 1}, {1, 1, 1000003, 1}},
+                             {{1, 256, 2048, 49}, {1, 256, 2048, 49}}};
   for (const Gpu& gpu : chips)
     for (const auto& pair : pairs)
       for (DType t : {DType::f32, DType::f64, DType::f16, DType::bf16})
@@ -124,20 +129,25 @@ void plans() {
                 const Problem p = {pair[0], pair[1], m, Act::none, t, 1e-5};
                 const Plan plan = make_plan(p, {pass, aligned, pass == Pass::backward, s}, gpu);
                 for (const Launch& l : {plan.fused, plan.map, plan.reduce.launch, plan.affine.launch}) {
-                  check(l.blocks >= 0 && l.blocks < INT32_MAX && l.threads <= 1024 && l.threads % 32 == 0, "launch shape");
+                  check(l.blocks >= 0 && l.blocks < INT32_MAX && l.threads <= 1024 && l.threads % 32 == 0,
+                        "launch shape");
                   check(l.shared + kStaticShared <= gpu.smem_per_block, "shared memory");
                   check((l.blocks == 0) == (l.threads == 0), "a launch or none");
                 }
                 check(plan.vec == (aligned ? 16 / size_of(t) : 1), "vec");
                 check((plan.fused.blocks > 0) == (plan.strategy != Strategy::split), "one strategy");
-                check(s == Strategy::automatic || plan.strategy == s || plan.strategy == Strategy::split, "as asked, or split");
+                check(s == Strategy::automatic || plan.strategy == s || plan.strategy == Strategy::split,
+                      "as asked, or split");
                 const Workspace w = workspace_of(p, plan, pass);
                 check(w.bytes == plan.workspace_bytes && w.affine % kAlign == 0 && w.arrays % kAlign == 0, "workspace");
                 const int64_t result = pass == Pass::backward ? int64_t(sizeof(Sums)) : int64_t(sizeof(Spread));
-                check(w.affine - w.reduce >= partials(p, p.stats, plan.reduce) * result, "room for the partials of reduce");
-                check(w.arrays - w.affine >= partials(p, p.affine, plan.affine) * result, "room for the partials of affine");
+                check(w.affine - w.reduce >= partials(p, p.stats, plan.reduce) * result,
+                      "room for the partials of reduce");
+                check(w.arrays - w.affine >= partials(p, p.affine, plan.affine) * result,
+                      "room for the partials of affine");
                 const int64_t tensor = p.stats.numel() * size_of(t);
-                check(plan.bytes_read >= tensor && (pass == Pass::moments || plan.bytes_written >= tensor), "byte floor");
+                check(plan.bytes_read >= tensor && (pass == Pass::moments || plan.bytes_written >= tensor),
+                      "byte floor");
               }
 }
 
