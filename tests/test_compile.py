@@ -1,0 +1,266 @@
+# torch.compile without graph breaks, for fixed and for symbolic sizes, and the operators against torch's own checks of
+# custom operators.
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import normkern
+import normkern.nn
+from normkern import problem
+from normkern.backends import BACKENDS
+from normkern.problem import Act, Problem
+
+RUNNABLE = [name for name in ("native", "eager") if BACKENDS[name].why_not(torch.empty(0)) is None]
+needs_native = pytest.mark.skipif("native" not in RUNNABLE, reason="the compiled library is not there")
+
+Shape = Callable[[int, int], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    run: Callable[[Tensor, Any], Tensor]
+    shape: Shape
+
+
+class Parameters:
+    """Fresh for every call: running statistics change."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.weight = torch.randn(6, generator=generator).requires_grad_()
+        self.bias = torch.randn(6, generator=generator).requires_grad_()
+        self.mean, self.var = torch.zeros(6), torch.ones(6)
+
+
+def image(n: int, h: int) -> tuple[int, ...]:
+    return n, 6, h, 4
+
+
+def rows(n: int, h: int) -> tuple[int, ...]:
+    return n, h, 6
+
+
+CALLS = [
+    Call("batch", lambda x, p: normkern.batch_norm(x, p.mean, p.var, p.weight, p.bias, True), image),
+    Call("batch_eval", lambda x, p: normkern.batch_norm(x, p.mean, p.var, p.weight, p.bias, act="relu"), image),
+    Call("group", lambda x, p: normkern.group_norm(x, 2, p.weight, p.bias, residual=x, act="silu"), image),
+    Call("instance", lambda x, p: normkern.instance_norm(x, p.mean, p.var, p.weight, act="gelu"), image),
+    Call("layer", lambda x, p: normkern.layer_norm(x, (6,), p.weight, p.bias), rows),
+    Call("rms", lambda x, p: normkern.rms_norm(x, (6,), p.weight, residual=x + 1, act="leaky_relu"), rows),
+    Call("add_rms", lambda x, p: sum(normkern.add_rms_norm(x, 2 * x, (6,), p.weight)), rows),
+    Call("moments", lambda x, p: torch.cat(normkern.moments(x, (0, 2))), image),
+]
+
+
+def in_layout(shape: tuple[int, ...], layout: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if layout == "reversed":
+        return torch.randn(shape[::-1], generator=generator).permute(*reversed(range(len(shape))))
+    if layout == "sliced":
+        return torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)[..., ::2]
+    x = torch.randn(shape, generator=generator)
+    if layout == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Any, dynamic: bool) -> Any:
+    # aot_eager traces forward and backward as inductor does, without the minutes of compiling C++.
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+
+
+def combinations() -> Iterator[Any]:
+    """Every call on the compiled library for fixed and symbolic sizes, odd layouts where they take a path of their own;
+    eager, which torch can look into, once."""
+    for call in CALLS:
+        if "native" in RUNNABLE:
+            yield "native", call, "contiguous", True
+            yield "native", call, "channels_last", False
+            if call.name in ("batch", "group", "layer"):
+                yield "native", call, "reversed", True
+                yield "native", call, "sliced", True
+        yield "eager", call, "channels_last", True
+
+
+@pytest.mark.parametrize(
+    ("runs_on", "call", "layout", "dynamic"),
+    [
+        pytest.param(*row, id=f"{row[0]}-{row[1].name}-{row[2]}-{'dynamic' if row[3] else 'static'}")
+        for row in combinations()
+    ],
+)
+def test_same_values_gradients_strides_and_statistics(runs_on: str, call: Call, layout: str, dynamic: bool) -> None:
+    run = compiled(call.run, dynamic)
+    for n, h in ((3, 5), (4, 7)) if dynamic else ((3, 5),):
+        results = []
+        for function in (run, call.run):
+            x = in_layout(call.shape(n, h), layout).requires_grad_()
+            p = Parameters()
+            with normkern.use_backend(runs_on):
+                y = function(x, p)
+            y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
+            results.append((y, x.grad, p.weight.grad, p.bias.grad, p.mean, p.var))
+        for mine, theirs in zip(*results, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                torch.testing.assert_close(mine, theirs)
+                assert mine.stride() == theirs.stride()
+
+
+@pytest.mark.parametrize("runs_on", RUNNABLE)
+def test_symbolic_sizes_compile_once(runs_on: str) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def run(x: Tensor) -> Tensor:
+        return normkern.group_norm(x, 2)
+
+    function = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    with normkern.use_backend(runs_on):
+        for n, h in ((3, 5), (4, 7), (5, 9), (6, 2)):
+            x = torch.randn(image(n, h))
+            torch.testing.assert_close(function(x), run(x))
+    assert counter.frame_count == 1
+
+
+MODULES = [
+    (normkern.nn.BatchNorm2d, (6,), {"momentum": None}),
+    (normkern.nn.BatchNorm2d, (6,), {"act": "relu"}),
+    (normkern.nn.BatchNorm2d, (6,), {"track_running_stats": False}),
+    (normkern.nn.GroupNorm, (3, 6), {"act": "silu"}),
+    (normkern.nn.InstanceNorm2d, (6,), {"track_running_stats": True, "affine": True}),
+    (normkern.nn.LayerNorm, ((5, 4),), {}),
+    (normkern.nn.RMSNorm, ((5, 4),), {"act": "gelu"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "options"), MODULES)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_modules(kind: Any, arguments: Any, options: Any, training: bool) -> None:
+    module = kind(*arguments, **options).train(training)
+    twin = copy.deepcopy(module)
+    function = compiled(module, dynamic=False)
+    for step in range(3):
+        x = torch.randn(2, 6, 5, 4, generator=torch.Generator().manual_seed(step))
+        torch.testing.assert_close(function(x, residual=x), twin(x, residual=x))
+    torch.testing.assert_close(dict(module.state_dict()), dict(twin.state_dict()))
+
+
+def test_switching_backends_is_seen_by_compiled_code() -> None:
+    """The backend is part of what a compiled function was compiled for."""
+
+    class Spy(type(BACKENDS["eager"])):  # type: ignore[misc]
+        name = "spy"
+
+        def forward(self, problem: Problem, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+            y, mean, var = BACKENDS["eager"].forward(problem, x, *rest)
+            return y + 100, mean, var
+
+    BACKENDS["spy"] = Spy()
+    try:
+        function = compiled(lambda x: normkern.layer_norm(x, (6,)), dynamic=False)
+        x = torch.randn(3, 6)
+        plain = function(x)
+        with normkern.use_backend("spy"):
+            torch.testing.assert_close(function(x), plain + 100)
+        torch.testing.assert_close(function(x), plain)
+    finally:
+        del BACKENDS["spy"]
+
+
+@pytest.mark.parametrize("runs_on", RUNNABLE[:1])
+def test_inductor(runs_on: str) -> None:
+    """Once through the real compiler, running statistics and backward included."""
+    call = CALLS[0]
+    results = []
+    for function in (torch.compile(call.run, fullgraph=True), call.run):
+        x, p = in_layout(image(3, 5), "channels_last").requires_grad_(), Parameters()
+        with normkern.use_backend(runs_on):
+            y = function(x, p)
+        y.square().sum().backward()
+        results.append((y, x.grad, p.weight.grad, p.bias.grad, p.mean, p.var))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("runs_on", RUNNABLE)
+def test_export(runs_on: str) -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = normkern.nn.GroupNorm(3, 6, act="silu")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x)  # type: ignore[no-any-return]
+
+    block = Block()
+    sizes = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
+    with normkern.use_backend(runs_on):
+        program = torch.export.export(block, (torch.randn(4, 6, 5),), dynamic_shapes=sizes)
+        x = torch.randn(7, 6, 5)
+        torch.testing.assert_close(program.module()(x), block(x))
+
+
+# ---- the operators themselves
+
+
+def found(x: Tensor, **changes: Any) -> Problem:
+    result = problem.group(x.shape, x.stride(), 2, Act.silu)
+    assert result is not None
+    return result
+
+
+def operator_calls(layout: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    x = in_layout((2, 6, 3, 4), layout).to(dtype)
+    p = found(x)
+    weight, bias = torch.ones(6), torch.zeros(6, dtype=dtype)
+    mean, var = BACKENDS["eager"].moments(p, x)
+    geometry = (list(p.stats.sizes), list(p.affine.sizes), int(p.moments), int(p.act), p.eps)
+    return {
+        "forward": (x, weight, bias, x.clone(), None, None, *geometry, True),
+        "forward_bare": (x, None, None, None, None, None, *geometry, False),
+        "backward": (x.clone(), x, weight, bias, None, mean, var, *geometry, 7),
+        "backward_residual": (x.clone(), x, weight, None, x.clone(), mean, var, *geometry, 1 | 8),
+        "moments": (x, geometry[0], 0),
+        "moments_second": (x, geometry[0], 1),
+    }
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck(layout: str, dtype: torch.dtype) -> None:
+    """Schema, autograd registration, fake tensors, and tracing with symbolic sizes."""
+    for name, arguments in operator_calls(layout, dtype).items():
+        operator = getattr(torch.ops.normkern, name.split("_")[0]).default
+        done = torch.library.opcheck(operator, arguments)
+        assert set(done.values()) == {"SUCCESS"}, (name, done)
+        assert len(done) == 4
+
+
+@needs_native
+def test_meta_tensors_have_real_strides_and_dtypes() -> None:
+    for layout in ("contiguous", "channels_last"):
+        for name, arguments in operator_calls(layout, torch.float32).items():
+            operator = getattr(torch.ops.normkern, name.split("_")[0]).default
+            meta = [
+                torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a
+                for a in arguments
+            ]
+            for fake, real in zip(operator(*meta), operator(*arguments), strict=True):
+                assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+                assert fake.device.type == "meta"
