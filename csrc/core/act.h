@@ -32,7 +32,8 @@ constexpr A activate_slope(Act act, A z) {
       return s * (A(1) + z * (A(1) - s));
     }
     case Act::gelu:
-      return A(0.5) * (A(1) + erf(z * A(0.70710678118654752440))) + z * A(0.39894228040143267794) * exp(A(-0.5) * z * z);
+      return A(0.5) * (A(1) + erf(z * A(0.70710678118654752440))) +
+             z * A(0.39894228040143267794) * exp(A(-0.5) * z * z);
     case Act::leaky_relu: return z <= A(0) ? A(kLeakySlope) : A(1);
   }
   return A(1);

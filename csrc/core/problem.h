@@ -54,7 +54,8 @@ struct Problem {
   double eps = 0;
 
   constexpr bool operator==(const Problem& o) const {
-    return stats == o.stats && affine == o.affine && moments == o.moments && act == o.act && dtype == o.dtype && eps == o.eps;
+    return stats == o.stats && affine == o.affine && moments == o.moments && act == o.act && dtype == o.dtype &&
+           eps == o.eps;
   }
 };
 
