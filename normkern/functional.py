@@ -135,6 +135,8 @@ def _batch_norm(
     residual: Tensor | None,
     act: str | None,
 ) -> Tensor:
+    if isinstance(x, Tensor) and x.shape == (0,):
+        return _empty(x, weight, bias, residual)  # torch takes this for a batch without channels
     check_input(name, x, 2)
     eps = check_float(name, "eps", eps)
     activation = check_act(name, act)
