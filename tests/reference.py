@@ -64,6 +64,7 @@ class Forward:
     mean: Tensor  # [groups, 1]
     var: Tensor  # [groups, 1]
     rstd: Tensor
+    rstd_scale: Tensor
     xhat: Tensor  # shape of x, like the rest
     weight: Tensor
     z: Tensor
@@ -87,13 +88,14 @@ def forward(case: Case, i: Inputs) -> Forward:
     # here and the error would grow with the offset. The mean is two floats that were summed around a shift, so its
     # error is in proportion to the spread of the group: 1 standard deviation. No k, at any offset.
     xhat_scale = xhat.abs() + (0 if case.given or case.norm == "rms" else var.sqrt() * rstd)
-    if case.dtype == "float64":
-        # Nobody promises float64 at more than float64. The saved mean is one float64: its last place counts (k). Sums
-        # are around one of the values, so an outlier there magnifies the variance's rounding by xhat^2 of that value.
-        xhat_scale = xhat_scale + mean.abs() * rstd
-        if xhat.shape[1] and not case.given and case.norm != "rms":
-            outlier = xhat.abs().amax(1, keepdim=True)
-            xhat_scale = xhat_scale + outlier + xhat.abs() * outlier.square()
+    rstd_scale = torch.ones_like(var)
+    if case.dtype == "float64" and x.shape[1]:
+        # Nobody promises float64 at more than float64. The saved mean and those that are merged are one float64: their
+        # last place counts (k). Sums are around one of the values: if that is an outlier, its xhat^2 magnifies them.
+        k = mean.abs() * rstd
+        outlier = 0 if case.given or case.norm == "rms" else xhat.abs().amax(1, keepdim=True)
+        rstd_scale = rstd_scale + k + outlier**2
+        xhat_scale = xhat_scale + k + outlier + xhat.abs() * rstd_scale
     xhat, xhat_scale = case.ungrouped(xhat), case.ungrouped(xhat_scale.expand_as(x))
     one = torch.ones(case.param_shape, dtype=torch.float64)
     weight = case.broadcast(one if i.weight is None else i.weight.double())
@@ -101,7 +103,7 @@ def forward(case: Case, i: Inputs) -> Forward:
     residual = torch.zeros((), dtype=torch.float64) if i.residual is None else i.residual.double()
     z = xhat * weight + bias + residual
     z_scale = weight.abs() * xhat_scale + bias.abs() + residual.abs()
-    return Forward(mean, var, rstd, xhat, weight, z, xhat_scale, z_scale)
+    return Forward(mean, var, rstd, rstd_scale, xhat, weight, z, xhat_scale, z_scale)
 
 
 def inputs_for(case: Case) -> Inputs:
@@ -148,6 +150,7 @@ def expected(case: Case, i: Inputs) -> dict[str, Expected]:
         if case.norm != "rms":
             dx = dx - g.mean(1, keepdim=True)
             scale = scale + g_scale.mean(1, keepdim=True)
+        scale = scale + dx.abs() * f.rstd_scale
     out["dx"] = Expected(case.ungrouped(f.rstd * dx), case.ungrouped(f.rstd * scale), u, dtype, rounded=True)
 
     if i.running_mean is not None and i.running_var is not None and case.training and case.numel:
@@ -166,11 +169,14 @@ def running(case: Case, i: Inputs, f: Forward) -> dict[str, Expected]:
     keep, u, dtype = 1 - MOMENTUM, unit(case.torch_dtype), i.running_mean.dtype
     # The mean is known to a fraction of the spread, and means of several instances may cancel.
     mean_scale = means.abs().mean(0) + variances.sqrt().mean(0)
+    var_scale = unbiased
+    if case.dtype == "float64":  # differences of float64 means enter the variance: see `forward`
+        var_scale = unbiased * (1 + (means.abs() / variances.sqrt().clamp(min=1e-300)).amax(0))
     return {
         "running_mean": Expected(
             keep * old_mean + MOMENTUM * means.mean(0), keep * old_mean.abs() + MOMENTUM * mean_scale, u, dtype
         ),
-        "running_var": Expected(keep * old_var + MOMENTUM * unbiased, keep * old_var + MOMENTUM * unbiased, u, dtype),
+        "running_var": Expected(keep * old_var + MOMENTUM * unbiased, keep * old_var + MOMENTUM * var_scale, u, dtype),
     }
 
 

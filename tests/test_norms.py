@@ -83,12 +83,15 @@ def test_every_activation(backend: Setup, act: str | None) -> None:
             check(Case("batch", (3, 5, 4, 7), act=act, residual=residual, training=training), backend)
 
 
-def test_saved_for_backward(backend: Setup) -> None:
-    """Only x and the moments are kept: half of what a norm and an activation keep when they are two functions."""
-    x = torch.randn(2, 8, 16, 16, device=backend.device, requires_grad=True)
+@pytest.mark.parametrize("act", [None, "silu"])
+def test_saved_for_backward(backend: Setup, act: str | None) -> None:
+    """Only x and the moments are kept, half of what a norm and an activation keep as two functions; and the residual
+    where the derivative of an activation needs it."""
+    x, residual = (torch.randn(2, 8, 16, 16, device=backend.device, requires_grad=True) for _ in range(2))
     weight = torch.ones(8, device=backend.device, requires_grad=True)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        normkern.group_norm(x, 4, weight, weight, act="silu")
-    large = [t for t in saved if t.numel() >= x.numel()]
-    assert [t.data_ptr() for t in large] == [x.data_ptr()]
+    for added, kept in ((None, [x]), (residual, [x] if act is None else [x, residual])):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            normkern.group_norm(x, 4, weight, weight, act=act, residual=added)
+        large = [t.data_ptr() for t in saved if t.numel() >= x.numel()]
+        assert large == [t.data_ptr() for t in kept]
