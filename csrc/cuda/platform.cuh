@@ -26,12 +26,12 @@
 
 // NK_SHARED(Spread, partial, [32]): `partial` is a Spread (&)[32] in the block's shared memory, with any content.
 // CUDA forbids a __shared__ variable whose type has member initializers, hence the raw storage.
-#define NK_SHARED(type, name, dims)                     \
+#define NK_SHARED(type, name, dims)                      \
   __shared__ ::nk::RawStorage<type dims> name##_storage; \
   auto& name = *reinterpret_cast<::nk::Same<type dims>*>(&name##_storage)
 
 // NK_DYNAMIC_SHARED(float, tile): `tile` points at the LaunchConfig::shared bytes of the block, 128-byte aligned.
-#define NK_DYNAMIC_SHARED(type, name)                               \
+#define NK_DYNAMIC_SHARED(type, name)                                 \
   extern __shared__ __align__(128) unsigned char nk_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(nk_dynamic_shared)
 
@@ -53,9 +53,9 @@ using Same = typename SameType<T>::type;
 using Stream = cudaStream_t;
 
 struct LaunchConfig {
-  dim3 grid, block;
+  dim3 grid = {}, block = {};
   size_t shared = 0;  // dynamic shared memory of a block, in bytes
-  dim3 cluster;
+  dim3 cluster = {};
   bool cooperative = false;  // all blocks resident at once: required by grid_sync
 };
 

@@ -20,7 +20,7 @@ int moments_of(const Problem&, const Plan&, const MomentsArgs&, void*, void*) {
   return kNotSupported;
 }
 
-#define NK_ABSENT(T)                                                                                  \
+#define NK_ABSENT(T)                                                                           \
   template int forward_of<T>(const Problem&, const Plan&, const ForwardArgs&, void*, void*);   \
   template int backward_of<T>(const Problem&, const Plan&, const BackwardArgs&, void*, void*); \
   template int moments_of<T>(const Problem&, const Plan&, const MomentsArgs&, void*, void*);

@@ -77,8 +77,8 @@ class Workspace {
 };
 
 template <class Args>
-int run(const Problem& p, Request request, const Gpu& gpu, Pass pass, const Args& args, Buffers& buffers, Plan* plan_out,
-        int (*entry)(const Problem&, const Plan&, const Args&, void*, void*)) {
+int run(const Problem& p, Request request, const Gpu& gpu, Pass pass, const Args& args, Buffers& buffers,
+        Plan* plan_out, int (*entry)(const Problem&, const Plan&, const Args&, void*, void*)) {
   emulator::set_last_error("");
   try {
     request.pass = pass;

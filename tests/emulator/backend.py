@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ MODES = ("plain", "checked", "asan")
 STRATEGIES = ("automatic", "warp", "block", "split")
 WALKS = ("rows", "columns")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+Fields = list[tuple[str, Any]]
 
 # ---- mirrors of csrc/core/{problem,arguments,plan}.h
 
@@ -49,11 +51,11 @@ class Struct(ctypes.Structure):
 
 
 class CDomain(Struct):
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "rows", "keep", "cols")]
+    _fields_: ClassVar[Fields] = [(name, ctypes.c_int64) for name in ("batch", "rows", "keep", "cols")]
 
 
 class CProblem(Struct):
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         ("stats", CDomain),
         ("affine", CDomain),
         ("moments", ctypes.c_int32),
@@ -66,11 +68,11 @@ class CProblem(Struct):
 class CVector(Struct):
     """Param and Grad: a pointer and its element type."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
+    _fields_: ClassVar[Fields] = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
 
 
 class CForwardArgs(Struct):
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         ("x", ctypes.c_void_p),
         ("weight", CVector),
         ("bias", CVector),
@@ -84,7 +86,7 @@ class CForwardArgs(Struct):
 
 
 class CBackwardArgs(Struct):
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         ("dy", ctypes.c_void_p),
         ("x", ctypes.c_void_p),
         ("weight", CVector),
@@ -100,11 +102,11 @@ class CBackwardArgs(Struct):
 
 
 class CMomentsArgs(Struct):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "mean_out", "var_out")]
+    _fields_: ClassVar[Fields] = [(name, ctypes.c_void_p) for name in ("x", "mean_out", "var_out")]
 
 
 class Gpu(Struct):
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         ("sms", ctypes.c_int),
         ("smem_per_block", ctypes.c_int64),
         ("smem_per_sm", ctypes.c_int64),
@@ -114,7 +116,7 @@ class Gpu(Struct):
 
 
 class CRequest(Struct):
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         ("pass_", ctypes.c_int32),
         ("aligned", ctypes.c_bool),
         ("affine_grads", ctypes.c_bool),
@@ -123,11 +125,11 @@ class CRequest(Struct):
 
 
 class Launch(Struct):
-    _fields_ = [("blocks", ctypes.c_int64), ("threads", ctypes.c_int), ("shared", ctypes.c_int64)]
+    _fields_: ClassVar[Fields] = [("blocks", ctypes.c_int64), ("threads", ctypes.c_int), ("shared", ctypes.c_int64)]
 
 
 class Reduce(Struct):
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         ("walk", ctypes.c_int32),
         ("parts", ctypes.c_int64),
         ("launch", Launch),
@@ -136,7 +138,7 @@ class Reduce(Struct):
 
 
 class Plan(Struct):
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         ("strategy", ctypes.c_int32),
         ("vec", ctypes.c_int),
         ("lanes", ctypes.c_int),
@@ -178,7 +180,7 @@ def run_tool(*command: str) -> None:
 
 
 @functools.cache
-def build(target: str) -> Path:
+def built(target: str) -> Path:
     """The file of a CMake target, brought up to date first unless NORMKERN_EMULATOR_DIR names a build that is done."""
     directory = build_directory()
     if not os.environ.get("NORMKERN_EMULATOR_DIR"):
@@ -191,15 +193,20 @@ def build(target: str) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (directory / "CMakeCache.txt").exists():
                 generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-                run_tool(
-                    "cmake", "-S", str(HERE), "-B", str(directory), f"-DCMAKE_CXX_COMPILER={compiler}", *generator
-                )
+                run_tool("cmake", "-S", str(HERE), "-B", str(directory), f"-DCMAKE_CXX_COMPILER={compiler}", *generator)
             jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
             run_tool("cmake", "--build", str(directory), "--target", target, "--parallel", jobs)
     path = directory / (f"{target}.so" if target.startswith("normkern") else target)
     if not path.exists():
         raise RuntimeError(f"emulator: {path} is missing; unset NORMKERN_EMULATOR_DIR to have it built")
     return path
+
+
+def build(mode: str) -> None:
+    """Everything that the tests want of a mode: the emulator's own tests and, but for asan, the kernels."""
+    built(f"emulator_self_test_{mode}")
+    if mode != "asan":
+        built(f"normkern_emulated_{mode}")
 
 
 def asan_environment() -> dict[str, str]:
@@ -210,7 +217,7 @@ def asan_environment() -> dict[str, str]:
 
 @functools.cache
 def load(mode: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build(f"normkern_emulated_{mode}")))
+    library = ctypes.CDLL(str(built(f"normkern_emulated_{mode}")))
     library.nk_last_error.restype = ctypes.c_char_p
     for name in ("nk_forward", "nk_backward", "nk_moments"):
         getattr(library, name).argtypes = [ctypes.c_void_p] * 5
@@ -252,7 +259,9 @@ class EmulatedBackend:
         preempt_ppm: int = 0,
     ) -> None:
         if mode not in MODES or strategy not in STRATEGIES:
-            raise ValueError(f"EmulatedBackend: mode is one of {MODES}, strategy of {STRATEGIES}; got {mode}, {strategy}")
+            raise ValueError(
+                f"EmulatedBackend: mode is one of {MODES}, strategy of {STRATEGIES}; got {mode}, {strategy}"
+            )
         self.name = f"emulated-{strategy}"
         self.mode, self.gpu, self.strategy, self.seed, self.preempt_ppm = mode, gpu, strategy, seed, preempt_ppm
         self.plan = Plan()
@@ -308,7 +317,9 @@ class EmulatedBackend:
             _pointer(dy), _pointer(x), _vector(weight), _vector(bias), _pointer(residual), _vector(mean), _vector(var),
             _pointer(dx), _vector(dweight), _vector(dbias), _pointer(dresidual),
         )  # fmt: skip
-        self._run("nk_backward", problem, x, args, [dy, x, residual, dx, dresidual], bool(needs & (NEED_DWEIGHT | NEED_DBIAS)))
+        self._run(
+            "nk_backward", problem, x, args, [dy, x, residual, dx, dresidual], bool(needs & (NEED_DWEIGHT | NEED_DBIAS))
+        )
         return dx, dweight, dbias, dresidual
 
     def moments(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -335,6 +346,7 @@ class EmulatedBackend:
         buffers: list[Tensor | None],
         affine_grads: bool = False,
     ) -> None:
+        self._check_sizes(problem, x, buffers)
         draw = zlib.crc32(repr((problem, x.dtype, function)).encode())
         seed = draw % 8 if self.seed is None else self.seed
         gpu = (TINY if draw >> 8 & 1 else H200) if self.gpu is None else self.gpu
@@ -350,3 +362,13 @@ class EmulatedBackend:
         if getattr(self.library, function)(*structs):
             text = self.library.nk_last_error().decode()
             raise RuntimeError(f"{text}\n(schedule {seed}, {gpu}, {self.plan}, {c_problem})")
+
+    def _check_sizes(self, problem: Problem, x: Tensor, buffers: list[Tensor | None]) -> None:
+        """What the binding checks too: the kernels, and the checker, believe the problem."""
+        sizes = {problem.stats.numel, problem.affine.numel} | {
+            b.numel() for b in buffers if b is not None and b.numel()
+        }
+        if len(sizes) != 1:
+            raise RuntimeError(f"emulated kernels: sizes of the domains and the buffers differ: {sorted(sizes)}")
+        if any(b.dtype != x.dtype for b in buffers if b is not None and b.numel()):
+            raise RuntimeError("emulated kernels: the buffers differ in dtype")

@@ -250,8 +250,8 @@ class AccessChecker final : public Checker {
                                                           uint32_t other, const char* other_kind, uint32_t other_code,
                                                           void* caller) {
     emulator_busy = true;
-    report(std::string("race: ") + kind + " of " + region.name + offset_text(region, cell) + " at " +
-           lines_of(caller) + " with the " + other_kind + " by " + name_of(moment(other).thread) + " at " +
+    report(std::string("race: ") + kind + " of " + region.name + offset_text(region, cell) + " at " + lines_of(caller) +
+           " with the " + other_kind + " by " + name_of(moment(other).thread) + " at " +
            lines_of(__ehdr_start + other_code) + "; no barrier or fence orders them");
   }
 
@@ -291,14 +291,14 @@ const bool installed = (checker = &instance, true);
 #define CALLER __builtin_return_address(0)
 #define READ(bytes, alignment) emulator::instance.hook<false>(address, bytes, alignment, CALLER)
 #define WRITE(bytes, alignment) emulator::instance.hook<true>(address, bytes, alignment, CALLER)
-#define HOOKS_FOR_SIZE(N, alignment)                                       \
-  void __tsan_read##N(void* address) { READ(N, alignment); }               \
-  void __tsan_write##N(void* address) { WRITE(N, alignment); }             \
-  void __tsan_volatile_read##N(void* address) { READ(N, alignment); }      \
-  void __tsan_volatile_write##N(void* address) { WRITE(N, alignment); }    \
-  void __tsan_unaligned_read##N(void* address) { READ(N, 1); }             \
-  void __tsan_unaligned_write##N(void* address) { WRITE(N, 1); }           \
-  void __tsan_unaligned_volatile_read##N(void* address) { READ(N, 1); }    \
+#define HOOKS_FOR_SIZE(N, alignment)                                    \
+  void __tsan_read##N(void* address) { READ(N, alignment); }            \
+  void __tsan_write##N(void* address) { WRITE(N, alignment); }          \
+  void __tsan_volatile_read##N(void* address) { READ(N, alignment); }   \
+  void __tsan_volatile_write##N(void* address) { WRITE(N, alignment); } \
+  void __tsan_unaligned_read##N(void* address) { READ(N, 1); }          \
+  void __tsan_unaligned_write##N(void* address) { WRITE(N, 1); }        \
+  void __tsan_unaligned_volatile_read##N(void* address) { READ(N, 1); } \
   void __tsan_unaligned_volatile_write##N(void* address) { WRITE(N, 1); }
 
 extern "C" {

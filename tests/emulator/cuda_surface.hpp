@@ -31,10 +31,13 @@
 
 #define NK_UNROLL
 #define NK_DEVICE inline
-#define NK_SHARED(type, name, dims)                                                                     \
-  auto& name = *static_cast<::nk::Same<type dims>*>(::emulator::static_shared(                          \
-      []() -> const void* { static const char key = 0; return &key; }(), sizeof(::nk::Same<type dims>), \
-      #name, ::nk::grain_of<type>()))
+#define NK_SHARED(type, name, dims)                                            \
+  auto& name = *static_cast<::nk::Same<type dims>*>(::emulator::static_shared( \
+      []() -> const void* {                                                    \
+        static const char key = 0;                                             \
+        return &key;                                                           \
+      }(),                                                                     \
+      sizeof(::nk::Same<type dims>), #name, ::nk::grain_of<type>()))
 #define NK_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::emulator::dynamic_shared())
 
 #define threadIdx (::emulator::current->thread)

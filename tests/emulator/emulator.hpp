@@ -38,12 +38,12 @@ struct LaunchConfig {
 };
 
 struct Options {
-  uint64_t seed = 0;               // 0: first in, first out; 1: last in, first out; otherwise a random order
-  int resident_clusters = 4;       // at most so many run interleaved (random orders only; cooperative: all)
-  int yield_percent = 25;          // chance of a switch at an atomic (random orders only)
-  int preempt_ppm = 0;             // chance in a million of a switch at any memory access (checked build only)
-  int64_t sms = 132;               // multiprocessors: how many blocks of a cooperative launch can be resident
-  int64_t shared_limit = 232448;   // shared memory of a block, after opting in
+  uint64_t seed = 0;              // 0: first in, first out; 1: last in, first out; otherwise a random order
+  int resident_clusters = 4;      // at most so many run interleaved (random orders only; cooperative: all)
+  int yield_percent = 25;         // chance of a switch at an atomic (random orders only)
+  int preempt_ppm = 0;            // chance in a million of a switch at any memory access (checked build only)
+  int64_t sms = 132;              // multiprocessors: how many blocks of a cooperative launch can be resident
+  int64_t shared_limit = 232448;  // shared memory of a block, after opting in
   int64_t shared_per_sm = 233472;
 };
 extern Options options;

@@ -126,9 +126,13 @@ std::unique_ptr<Block> start_block(Cluster& cluster, uint3 index, int rank) {
   if (grid.config.shared) start_dynamic_shared(*block, grid.config.shared);
   for (unsigned i = 0; i < count; ++i) {
     Thread* thread = take_thread();
-    static_cast<ThreadView&>(*thread) =
-        ThreadView{uint3{i % size.x, i / size.x % size.y, i / (size.x * size.y)}, index, size, blocks,
-                   grid.config.cluster, int(i % 32), rank};
+    static_cast<ThreadView&>(*thread) = ThreadView{uint3{i % size.x, i / size.x % size.y, i / (size.x * size.y)},
+                                                   index,
+                                                   size,
+                                                   blocks,
+                                                   grid.config.cluster,
+                                                   int(i % 32),
+                                                   rank};
     Warp& warp = block->warps[i / 32];
     warp.id = block->id * unsigned(block->warps.size()) + i / 32;
     warp.born |= 1u << (i % 32);
@@ -194,7 +198,9 @@ std::string deadlock_report() {
 
 void check_launch(const LaunchConfig& config) {
   const size_t threads_per_block = volume(config.block), cluster = volume(config.cluster);
-  const auto refuse = [](const std::string& why) { throw std::runtime_error("launch of " + kernel_name() + ": " + why); };
+  const auto refuse = [](const std::string& why) {
+    throw std::runtime_error("launch of " + kernel_name() + ": " + why);
+  };
   const auto number = [](auto value) { return std::to_string(value); };
   if (threads_per_block < 1 || threads_per_block > 1024 || config.block.z > 64)
     refuse("a block cannot have " + number(threads_per_block) + " threads");
@@ -207,8 +213,8 @@ void check_launch(const LaunchConfig& config) {
     refuse(number(config.shared) + " bytes of dynamic shared memory are too much for a block");
   if (config.cooperative) {
     constexpr int64_t kReserved = 1024;  // what the system takes of each block's shared memory
-    const int64_t per_sm = std::min({int64_t(2048 / threads_per_block), int64_t(32),
-                                     options.shared_per_sm / (int64_t(config.shared) + kReserved)});
+    const int64_t per_sm = std::min(
+        {int64_t(2048 / threads_per_block), int64_t(32), options.shared_per_sm / (int64_t(config.shared) + kReserved)});
     if (int64_t(volume(config.grid)) > per_sm * options.sms)
       refuse("a cooperative grid of " + number(volume(config.grid)) + " blocks cannot be resident at once");
   }

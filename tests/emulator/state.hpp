@@ -54,7 +54,7 @@ struct Thread : ThreadView {
   const char* waits_in = nullptr;  // the collective, for reports
   Site site = {};
   uint32_t clock = 0, warp_epoch = 0, block_epoch = 0, cluster_epoch = 0, grid_epoch = 0;
-  uint32_t moment = 0;  // the checker's number for these clocks, 0 when they have changed
+  uint32_t moment = 0;       // the checker's number for these clocks, 0 when they have changed
   SharedKnowledge known;     // ordered before whatever this thread does now
   SharedKnowledge acquired;  // read by an atomic: known after the next fence
   SharedKnowledge released;  // what the last fence lets an atomic publish
@@ -81,7 +81,7 @@ struct Meeting {
 };
 
 struct Warp {
-  uint32_t id = 0;  // in the grid
+  uint32_t id = 0;               // in the grid
   uint32_t born = 0, alive = 0;  // masks of lanes
   Thread* lane[32] = {};
   std::vector<std::unique_ptr<Meeting>> open;
