@@ -128,7 +128,11 @@ class Backward {
     Buffer<double> numbers;
     Buffer<A> means;
     Workspace(int64_t tasks, int64_t g, int64_t e)
-        : groups(g), entries(e), sums(buffer<Sums>(tasks * g)), numbers(buffer<double>(tasks * e * 2)), means(buffer<A>(tasks * e * 2)) {}
+        : groups(g),
+          entries(e),
+          sums(buffer<Sums>(tasks * g)),
+          numbers(buffer<double>(tasks * e * 2)),
+          means(buffer<A>(tasks * e * 2)) {}
     Scratch of(int64_t task) const {
       double* n = numbers.get() + task * entries * 2;
       A* m = means.get() + task * entries * 2;
@@ -179,7 +183,8 @@ class Backward {
     const int64_t line = l_.lookup.runs * l_.lookup.length;
     const bool one_slice = l_.affine.batch == 1 && l_.lookup.rows > 1;
     // Every run begins at the same place of a line of weights.
-    if (l_.stats.rows == 1 && one_slice && l_.stats.cols % line == 0) return open(share, r.first, r.first + r.length - 1);
+    if (l_.stats.rows == 1 && one_slice && l_.stats.cols % line == 0)
+      return open(share, r.first, r.first + r.length - 1);
     const int64_t last_of_line = r.first + (r.count - 1) * l_.stats.cols + r.length - 1;
     if (one_slice && l_.line % line == 0) return open(share, r.first, last_of_line);
     open(share, r.first, last_of_line + (batches - 1) * l_.slice() + (r.lines - 1) * r.stride);
@@ -209,7 +214,7 @@ class Backward {
           to = merge(to, Sums{s.dbias[e - s.first], s.dweight[e - s.first]});
         }
       }
-      const auto write = [&](Grad grad, double Sums::*which) {
+      const auto write = [&](Grad grad, double Sums::* which) {
         if (!grad.data) return;
         with_type(grad.dtype, [&](auto type) {
           auto* to = static_cast<decltype(type)*>(grad.data);
@@ -238,7 +243,8 @@ class Backward {
     std::fill_n(w.second, n, 0.0);
     const Elements<A> e = elements(box);
     if (!l_.columns) {
-      const BackwardSums s = {wants_sums_ ? w.first : nullptr, w.second, share.dbias.get(), share.dweight.get(), share.first};
+      const BackwardSums s = {wants_sums_ ? w.first : nullptr, w.second, share.dbias.get(), share.dweight.get(),
+                              share.first};
       Runs r = l_.runs(box);
       if (r.length == l_.stats.cols || r.count == 1) {
         kernels_.sums_runs(e, r, l_.lookup, center, s);

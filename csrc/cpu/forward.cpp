@@ -79,7 +79,12 @@ template <class A>
 class Forward {
  public:
   Forward(const Kernels<A>& kernels, const Problem& p, const Layout& l, const ForwardArgs& a, const Threads& threads)
-      : kernels_(kernels), p_(p), l_(l), a_(a), threads_(threads), reduce_(kernels, l, a.x, p.moments == Moments::mean_var) {}
+      : kernels_(kernels),
+        p_(p),
+        l_(l),
+        a_(a),
+        threads_(threads),
+        reduce_(kernels, l, a.x, p.moments == Moments::mean_var) {}
 
   void run() {
     const int64_t wanted = wanted_tasks(l_.stats.numel(), threads_);
@@ -92,7 +97,8 @@ class Forward {
       elements_ = {a_.x, nullptr, a_.residual, a_.y, nullptr, nullptr, weight_->data(), bias_->data(), p_.act};
     }
     if (p_.moments == Moments::given) return given(wanted);
-    if (pieces >= wanted && (bytes <= kFusedBytes || only_moments)) return fused(wanted, pieces, std::max<int64_t>(1, bytes));
+    if (pieces >= wanted && (bytes <= kFusedBytes || only_moments))
+      return fused(wanted, pieces, std::max<int64_t>(1, bytes));
     split(wanted);
   }
 

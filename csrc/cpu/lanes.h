@@ -8,7 +8,13 @@
 
 #include "../core/half.h"
 #if defined(__AVX2__)
+// GCC 12 finds an uninitialized variable inside its own AVX-512 intrinsics.
+#pragma GCC diagnostic push
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define NK_INLINE inline __attribute__((always_inline))
@@ -49,11 +55,11 @@ struct Pack {
   V part[kParts];
 };
 
-#define NK_PACK_OPERATOR(op)                                                            \
-  template <class A>                                                                    \
-  NK_INLINE Pack<A> operator op(Pack<A> a, Pack<A> b) {                                 \
-    for (int i = 0; i < Pack<A>::kParts; ++i) a.part[i] = a.part[i] op b.part[i];       \
-    return a;                                                                           \
+#define NK_PACK_OPERATOR(op)                                                      \
+  template <class A>                                                              \
+  NK_INLINE Pack<A> operator op(Pack<A> a, Pack<A> b) {                           \
+    for (int i = 0; i < Pack<A>::kParts; ++i) a.part[i] = a.part[i] op b.part[i]; \
+    return a;                                                                     \
   }
 NK_PACK_OPERATOR(+)
 NK_PACK_OPERATOR(-)
@@ -92,6 +98,41 @@ NK_INLINE Pack<A> where_at_most(Pack<A> a, Pack<A> b, Pack<A> yes, Pack<A> no) {
 
 // ---- N storage elements to and from N floats ----
 
+// N 16-bit integers as 32-bit ones and back. Generic forms exist for all of what is spelled out in intrinsics here and
+// below, but GCC 12 takes them apart or sends them through the stack.
+template <int N>
+NK_INLINE Vector<uint32_t, N> integers(const void* p) {
+#if defined(__AVX2__)
+  if constexpr (N == 4) {
+    return bit_cast<Vector<uint32_t, 4>>(_mm_cvtepu16_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+  } else if constexpr (N == 8) {
+    return bit_cast<Vector<uint32_t, 8>>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  } else {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<uint32_t, 16>>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#endif
+  }
+#else
+  Vector<uint16_t, N> h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return __builtin_convertvector(h, Vector<uint32_t, N>);
+#endif
+}
+
+// kLanes of them; all are below 2^16.
+NK_INLINE void put_integers(void* p, Vector<uint32_t, kLanes> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i i = bit_cast<__m256i>(v);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+  _mm_storeu_si128(static_cast<__m128i*>(p), packed);
+#else
+  const Vector<uint16_t, kLanes> h = __builtin_convertvector(v, Vector<uint16_t, kLanes>);
+  __builtin_memcpy(p, &h, sizeof(h));
+#endif
+}
+
 template <int N>
 NK_INLINE Vector<float, N> floats(const float* p) {
   Vector<float, N> v;
@@ -101,9 +142,7 @@ NK_INLINE Vector<float, N> floats(const float* p) {
 
 template <int N>
 NK_INLINE Vector<float, N> floats(const bf16* p) {
-  Vector<uint16_t, N> h;
-  __builtin_memcpy(&h, p, sizeof(h));
-  return bit_cast<Vector<float, N>>(__builtin_convertvector(h, Vector<uint32_t, N>) << 16);
+  return bit_cast<Vector<float, N>>(integers<N>(p) << 16);
 }
 
 template <int N>
@@ -115,9 +154,8 @@ NK_INLINE Vector<float, N> floats(const f16* p) {
     return bit_cast<Vector<float, 8>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   } else {
 #if defined(__AVX512F__)
-    // The zero-masked forms: GCC 12 warns of an uninitialized variable inside the plain ones.
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return bit_cast<Vector<float, 16>>(_mm512_maskz_cvtph_ps(__mmask16(-1), h));
+    return bit_cast<Vector<float, 16>>(_mm512_cvtph_ps(h));
 #endif
   }
 #elif defined(__aarch64__)
@@ -127,9 +165,7 @@ NK_INLINE Vector<float, N> floats(const f16* p) {
 #else
   // The exponent is rebased by a product with 2^112, which also normalizes subnormals; infinity and NaN are put back.
   using U = Vector<uint32_t, N>;
-  Vector<uint16_t, N> h;
-  __builtin_memcpy(&h, p, sizeof(h));
-  const U u = __builtin_convertvector(h, U), sign = (u & 0x8000) << 16, magnitude = (u & 0x7fff) << 13;
+  const U u = integers<N>(p), sign = (u & 0x8000) << 16, magnitude = (u & 0x7fff) << 13;
   const U finite = bit_cast<U>(bit_cast<Vector<float, N>>(magnitude) * 0x1p112f);
   const U special = bit_cast<U>(magnitude >= U{} + 0x0f800000);
   return bit_cast<Vector<float, N>>(sign | (special & (magnitude | 0x7f800000)) | (~special & finite));
@@ -144,10 +180,8 @@ NK_INLINE void put_floats(float* p, Vector<float, N> v) {
 template <int N>
 NK_INLINE void put_floats(bf16* p, Vector<float, N> v) {
   using U = Vector<uint32_t, N>;
-  const U u = bit_cast<U>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
-  const U is_nan = bit_cast<U>(v != v);
-  const Vector<uint16_t, N> h = __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), Vector<uint16_t, N>);
-  __builtin_memcpy(p, &h, sizeof(h));
+  const U u = bit_cast<U>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  put_integers(p, v != v ? U{} + 0x7fc0 : rounded);
 }
 
 template <int N>
@@ -159,8 +193,7 @@ NK_INLINE void put_floats(f16* p, Vector<float, N> v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
   } else {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_maskz_cvtps_ph(__mmask16(-1), bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #endif
   }
 #elif defined(__aarch64__)
@@ -177,16 +210,15 @@ NK_INLINE void put_floats(f16* p, Vector<float, N> v) {
   const U is_nan = bit_cast<U>(magnitude > U{} + 0x7f800000), nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
   const U large = (is_nan & nan) | (~is_nan & 0x7c00);
   const U bits = (is_large & large) | (~is_large & ((is_small & small) | (~is_small & normal)));
-  const Vector<uint16_t, N> h = __builtin_convertvector(sign | bits, Vector<uint16_t, N>);
-  __builtin_memcpy(p, &h, sizeof(h));
+  put_integers(p, sign | bits);
 #endif
 }
 
-// N floats to N doubles and back, N being the doubles of a register: GCC 12 takes the generic conversion apart.
+// Floats to the doubles of a register and back.
 
 NK_INLINE Vector<double, kLanes / 2> widen(Vector<float, kLanes / 2> v) {
 #if defined(__AVX512F__)
-  return bit_cast<Vector<double, 8>>(_mm512_maskz_cvtps_pd(__mmask8(-1), bit_cast<__m256>(v)));
+  return bit_cast<Vector<double, 8>>(_mm512_cvtps_pd(bit_cast<__m256>(v)));
 #elif defined(__AVX2__)
   return bit_cast<Vector<double, 4>>(_mm256_cvtps_pd(bit_cast<__m128>(v)));
 #else
@@ -196,11 +228,46 @@ NK_INLINE Vector<double, kLanes / 2> widen(Vector<float, kLanes / 2> v) {
 
 NK_INLINE Vector<float, kLanes / 2> narrow(Vector<double, kLanes / 2> v) {
 #if defined(__AVX512F__)
-  return bit_cast<Vector<float, 8>>(_mm512_maskz_cvtpd_ps(__mmask8(-1), bit_cast<__m512d>(v)));
+  return bit_cast<Vector<float, 8>>(_mm512_cvtpd_ps(bit_cast<__m512d>(v)));
 #elif defined(__AVX2__)
   return bit_cast<Vector<float, 4>>(_mm256_cvtpd_ps(bit_cast<__m256d>(v)));
 #else
   return __builtin_convertvector(v, Vector<float, kLanes / 2>);
+#endif
+}
+
+// The halves of a float register.
+using Half = Vector<float, kLanes / 2>;
+
+NK_INLINE Half low_half(Vector<float, kLanes> v) {
+#if defined(__AVX512F__)
+  return bit_cast<Half>(_mm512_castps512_ps256(bit_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return bit_cast<Half>(_mm256_castps256_ps128(bit_cast<__m256>(v)));
+#else
+  return Half{v[0], v[1]};
+#endif
+}
+
+NK_INLINE Half high_half(Vector<float, kLanes> v) {
+#if defined(__AVX512F__)
+  return bit_cast<Half>(_mm512_extractf32x8_ps(bit_cast<__m512>(v), 1));
+#elif defined(__AVX2__)
+  return bit_cast<Half>(_mm256_extractf128_ps(bit_cast<__m256>(v), 1));
+#else
+  return Half{v[2], v[3]};
+#endif
+}
+
+NK_INLINE Vector<float, kLanes> join(Half low, Half high) {
+#if defined(__AVX512F__)
+  const __m512 v = _mm512_castps256_ps512(bit_cast<__m256>(low));
+  return bit_cast<Vector<float, kLanes>>(_mm512_insertf32x8(v, bit_cast<__m256>(high), 1));
+#elif defined(__AVX2__)
+  const __m256 v = _mm256_castps128_ps256(bit_cast<__m128>(low));
+  return bit_cast<Vector<float, kLanes>>(_mm256_insertf128_ps(v, bit_cast<__m128>(high), 1));
+#else
+  return Vector<float, kLanes>{low[0], low[1], high[0], high[1]};
 #endif
 }
 
@@ -210,7 +277,8 @@ template <class A, class T>
 NK_INLINE Pack<A> load(const T* p) {
   Pack<A> r;
   if constexpr (sizeof(A) == sizeof(T)) {
-    __builtin_memcpy(&r, p, sizeof(r));
+    // Part by part: a copy of the whole struct would go through the stack.
+    for (int i = 0; i < Pack<A>::kParts; ++i) __builtin_memcpy(&r.part[i], p + i * Pack<A>::kWidth, sizeof(r.part[i]));
   } else if constexpr (sizeof(A) == 4) {
     r.part[0] = floats<kLanes>(p);
   } else {
@@ -222,7 +290,7 @@ NK_INLINE Pack<A> load(const T* p) {
 template <class T, class A>
 NK_INLINE void store(T* p, Pack<A> v) {
   if constexpr (sizeof(A) == sizeof(T)) {
-    __builtin_memcpy(p, &v, sizeof(v));
+    for (int i = 0; i < Pack<A>::kParts; ++i) __builtin_memcpy(p + i * Pack<A>::kWidth, &v.part[i], sizeof(v.part[i]));
   } else if constexpr (sizeof(A) == 4) {
     put_floats<kLanes>(p, v.part[0]);
   } else {
@@ -247,29 +315,20 @@ NK_INLINE void store(T* p, Pack<A> v, int64_t n) {
 
 template <class To, class From>
 NK_INLINE Pack<To> convert(Pack<From> v) {
-  struct Halves {
-    Vector<float, kLanes / 2> half[2];
-  };
   if constexpr (sizeof(To) == sizeof(From)) {
     return v;
   } else if constexpr (sizeof(To) == 8) {
-    const Halves h = bit_cast<Halves>(v);
-    return {{widen(h.half[0]), widen(h.half[1])}};
+    return {{widen(low_half(v.part[0])), widen(high_half(v.part[0]))}};
   } else {
-    return bit_cast<Pack<To>>(Halves{{narrow(v.part[0]), narrow(v.part[1])}});
+    return {{join(narrow(v.part[0]), narrow(v.part[1]))}};
   }
 }
 
 // One element.
-template <class T>
-NK_INLINE double value(const T* p) {
-  if constexpr (sizeof(T) >= 4) {
-    return *p;
-  } else {
-    T buffer[kLanes] = {*p};
-    return load<float>(static_cast<const T*>(buffer)).part[0][0];
-  }
-}
+NK_INLINE double value(const float* p) { return *p; }
+NK_INLINE double value(const double* p) { return *p; }
+NK_INLINE double value(const bf16* p) { return bit_cast<float>(uint32_t(p->bits) << 16); }
+NK_INLINE double value(const f16* p) { return load<float>(p, 1).part[0][0]; }
 
 }  // namespace
 }  // namespace normkern::cpu::NK_ISA

@@ -18,11 +18,11 @@
 
 namespace normkern::cpu {
 
-constexpr int64_t kShortRun = 32;       // shorter runs are walked by columns
-constexpr int64_t kMinLine = 64;        // shorter lines are repeated into one longer line
-constexpr int64_t kMaxColumns = 4096;   // columns of a box: their vectors stay in the L2 cache
-constexpr int64_t kMaxSum = 1 << 12;    // elements of one shifted sum (norm.cpp)
-constexpr int64_t kGrain = 1 << 14;     // elements that are worth a thread
+constexpr int64_t kShortRun = 32;      // shorter runs are walked by columns
+constexpr int64_t kMinLine = 64;       // shorter lines are repeated into one longer line
+constexpr int64_t kMaxColumns = 4096;  // columns of a box: their vectors stay in the L2 cache
+constexpr int64_t kMaxSum = 1 << 12;   // elements of one shifted sum (norm.cpp)
+constexpr int64_t kGrain = 1 << 14;    // elements that are worth a thread
 
 template <class T>
 using Buffer = std::unique_ptr<T[]>;
@@ -67,13 +67,16 @@ struct Layout {
   Box whole(int64_t b) const { return {b, 0, rows, 0, stats.keep, 0, stats.cols}; }
   int64_t slice() const { return stats.rows * line; }
   // Entries of per-group vectors: of one box, of one batch index.
-  int64_t entries_of(const Box& x) const { return columns ? (x.groups() == stats.keep ? width : x.groups() * stats.cols) : x.groups(); }
+  int64_t entries_of(const Box& x) const {
+    return columns ? (x.groups() == stats.keep ? width : x.groups() * stats.cols) : x.groups();
+  }
   int64_t entries_of_batch() const { return columns ? width : stats.keep; }
   int64_t first_entry(const Box& x) const { return columns ? x.k0 * stats.cols : x.k0; }
   int64_t entries_per_weight() const { return !columns && lookup.by_element ? affine.cols : 1; }
 
   Runs runs(const Box& x) const {
-    return {((x.b * stats.rows + x.r0) * stats.keep + x.k0) * stats.cols + x.c0, x.c1 - x.c0, x.groups(), x.r1 - x.r0, line};
+    return {((x.b * stats.rows + x.r0) * stats.keep + x.k0) * stats.cols + x.c0, x.c1 - x.c0, x.groups(), x.r1 - x.r0,
+            line};
   }
   Columns lines(const Box& x) const {
     const bool last = x.r1 == rows;
@@ -84,8 +87,8 @@ struct Layout {
 inline Layout::Layout(const Problem& p, bool has_affine) : stats(simplify(p.stats)), affine(simplify(p.affine)) {
   if (stats.rows == 1) stats = {1, 1, stats.batch, stats.cols};
   line = stats.keep * stats.cols;
-  const bool same_line = affine.batch == 1 && affine.rows > 1 && affine.keep * affine.cols == line &&
-                         stats.cols % affine.cols == 0;
+  const bool same_line =
+      affine.batch == 1 && affine.rows > 1 && affine.keep * affine.cols == line && stats.cols % affine.cols == 0;
   columns = stats.rows > 1 && (same_line || !has_affine) &&
             (stats.cols < kShortRun || (has_affine && affine.cols < kShortRun && line <= kMaxColumns));
   if (columns) {
@@ -138,15 +141,20 @@ struct Grid {
   }
 
   int64_t count() const { return batches * rows * keeps * cols; }
-  static int64_t cut(int64_t extent, int64_t parts, int64_t i) { return extent / parts * i + std::min(i, extent % parts); }
+  static int64_t cut(int64_t extent, int64_t parts, int64_t i) {
+    return extent / parts * i + std::min(i, extent % parts);
+  }
   int64_t first_batch(int64_t task) const { return cut(layout.stats.batch, batches, task / (rows * keeps * cols)); }
   int64_t last_batch(int64_t task) const { return cut(layout.stats.batch, batches, task / (rows * keeps * cols) + 1); }
   Box box(int64_t task, int64_t b) const {
     const int64_t c = task % cols, k = task / cols % keeps, r = task / (cols * keeps) % rows;
     return {b,
-            cut(layout.rows, rows, r), cut(layout.rows, rows, r + 1),
-            cut(layout.stats.keep, keeps, k), cut(layout.stats.keep, keeps, k + 1),
-            cut(layout.stats.cols, cols, c), cut(layout.stats.cols, cols, c + 1)};
+            cut(layout.rows, rows, r),
+            cut(layout.rows, rows, r + 1),
+            cut(layout.stats.keep, keeps, k),
+            cut(layout.stats.keep, keeps, k + 1),
+            cut(layout.stats.cols, cols, c),
+            cut(layout.stats.cols, cols, c + 1)};
   }
   int64_t box_groups() const { return ceil_div(layout.stats.batch, batches) * ceil_div(layout.stats.keep, keeps); }
 };
@@ -184,7 +192,8 @@ template <class A>
 class Expanded {
  public:
   Expanded(const Layout& l, Param param, A missing) {
-    if (param.data && param.dtype == kDTypeOf<A> && l.entries == l.affine.groups() && !(l.columns && l.affine.cols > 1)) {
+    if (param.data && param.dtype == kDTypeOf<A> && l.entries == l.affine.groups() &&
+        !(l.columns && l.affine.cols > 1)) {
       data_ = static_cast<const A*>(param.data);
       return;
     }

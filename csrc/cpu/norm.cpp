@@ -242,10 +242,13 @@ NK_INLINE Pack<A> dz_pack(const Elements<A>& a, int64_t e, int64_t n, Pack<A> xh
   return dz * slope_at<T>(a.act, z);
 }
 
+// Every function copies its Elements: the compiler then knows that no store changes them.
+
 // ---- forward ----
 
 template <class T, class A>
-void map_runs(const Elements<A>& a, const Runs& r, const Lookup& lookup, Center<A> center) {
+void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center) {
+  const Elements<A> a = elements;
   for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
     const auto c = CenterPack<A>::of(center, run);
     if (lookup.by_element) {
@@ -261,7 +264,8 @@ void map_runs(const Elements<A>& a, const Runs& r, const Lookup& lookup, Center<
 }
 
 template <class T, class A>
-void map_columns(const Elements<A>& a, const Columns& c, Center<A> center) {
+void map_columns(const Elements<A>& elements, const Columns& c, Center<A> center) {
+  const Elements<A> a = elements;
   for (int64_t line = 0; line <= c.lines; ++line) {
     const int64_t e = c.first + line * c.stride;
     for_packs(line < c.lines ? c.width : c.tail, [&](int64_t j, int64_t n) NK_INLINED {
@@ -274,7 +278,8 @@ void map_columns(const Elements<A>& a, const Columns& c, Center<A> center) {
 // ---- backward ----
 
 template <class T, class A>
-void sums_runs(const Elements<A>& a, const Runs& r, const Lookup& lookup, Center<A> center, BackwardSums s) {
+void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center, BackwardSums s) {
+  const Elements<A> a = elements;
   for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
     const auto c = CenterPack<A>::of(center, run);
     const T* x = static_cast<const T*>(a.x) + e;
@@ -329,7 +334,8 @@ void sums_runs(const Elements<A>& a, const Runs& r, const Lookup& lookup, Center
 }
 
 template <class T, class A>
-void sums_columns(const Elements<A>& a, const Columns& c, Center<A> center, BackwardSums s) {
+void sums_columns(const Elements<A>& elements, const Columns& c, Center<A> center, BackwardSums s) {
+  const Elements<A> a = elements;
   for_strips<4>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
     const auto pack = CenterPack<A>::columns(center, j, n);
     const Pack<A> weight = load_some<A>(a.weight + j, n);
@@ -356,7 +362,8 @@ NK_INLINE void slope_pack(const Elements<A>& a, int64_t e, int64_t n, const Cent
 }
 
 template <class T, class A>
-void slope_runs(const Elements<A>& a, const Runs& r, const Lookup& lookup, Center<A> center, Slope<A> slope) {
+void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center, Slope<A> slope) {
+  const Elements<A> a = elements;
   for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
     const auto c = CenterPack<A>::of(center, run);
     const Pack<A> mean_g = fill(slope.mean_g[run]), mean_g_xhat = fill(slope.mean_g_xhat[run]);
@@ -369,15 +376,15 @@ void slope_runs(const Elements<A>& a, const Runs& r, const Lookup& lookup, Cente
       const Pack<A> weight = fill(a.weight[entry]);
       A bias[kLanes];
       store(bias, fill(a.bias[entry]));
-      for_packs(n, [&](int64_t i, int64_t m) NK_INLINED {
-        slope_pack<T>(a, e + i, m, c, weight, bias, mean_g, mean_g_xhat);
-      });
+      for_packs(n, [&](int64_t i, int64_t m)
+                       NK_INLINED { slope_pack<T>(a, e + i, m, c, weight, bias, mean_g, mean_g_xhat); });
     }
   });
 }
 
 template <class T, class A>
-void slope_columns(const Elements<A>& a, const Columns& c, Center<A> center, Slope<A> slope) {
+void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> center, Slope<A> slope) {
+  const Elements<A> a = elements;
   for (int64_t line = 0; line <= c.lines; ++line) {
     const int64_t e = c.first + line * c.stride;
     for_packs(line < c.lines ? c.width : c.tail, [&](int64_t j, int64_t n) NK_INLINED {

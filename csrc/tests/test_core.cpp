@@ -19,7 +19,8 @@ void domains() {
       for (int64_t keep : extents)
         for (int64_t cols : extents) {
           const Domain d = {batch, rows, keep, cols}, s = simplify(d);
-          check(d.numel() == batch * rows * keep * cols && d.groups() == batch * keep && d.count() == rows * cols, "extents");
+          check(d.numel() == batch * rows * keep * cols && d.groups() == batch * keep && d.count() == rows * cols,
+                "extents");
           check(s.groups() == d.groups() && s.count() == d.count(), "simplify keeps groups");
           check((s.rows == 1) == (rows == 1 || keep == 1), "contiguous means rows == 1");
           check(simplify(s) == s, "simplify twice");
@@ -82,16 +83,21 @@ void accumulators() {
       const double sd = std::sqrt(double(exact.m2 / n)) + 1e-300;
       const Spread split = merge(merge(spread_of(v, 0, n / 3), Spread{}), spread_of(v, n / 3, n));
       check(split.count == double(n), "count");
-      check(std::fabs(split.mean - exact.mean) <= 1e-13 * (std::fabs(offset) + sd), "Spread mean, offset %g n %zu", offset, n);
+      check(std::fabs(split.mean - exact.mean) <= 1e-13 * (std::fabs(offset) + sd), "Spread mean, offset %g n %zu",
+            offset, n);
       // A deviation of size sd is itself known to 1e-16 * offset.
       const double slack = 1e-13 + 1e-15 * std::fabs(offset) / sd;
-      check(n == 1 ? split.m2 == 0 : std::fabs(split.m2 - exact.m2) <= slack * n * exact.m2, "Spread m2, offset %g n %zu", offset, n);
+      check(n == 1 ? split.m2 == 0 : std::fabs(split.m2 - exact.m2) <= slack * n * exact.m2,
+            "Spread m2, offset %g n %zu", offset, n);
 
       const Spread f = shifted_spread<float>(v), d = shifted_spread<double>(v);
-      check(std::fabs(f.mean - exact.mean) <= 1e-6 * sd, "float ShiftedMoments mean is offset-proof: offset %g n %zu off by %g sd",
-            offset, n, std::fabs(double(f.mean - exact.mean)) / sd);
-      check(n == 1 || std::fabs(f.m2 - exact.m2) <= 1e-5 * exact.m2, "float ShiftedMoments m2, offset %g n %zu", offset, n);
-      check(n == 1 || std::fabs(d.m2 - exact.m2) <= slack * n * exact.m2, "double ShiftedMoments m2, offset %g n %zu", offset, n);
+      check(std::fabs(f.mean - exact.mean) <= 1e-6 * sd,
+            "float ShiftedMoments mean is offset-proof: offset %g n %zu off by %g sd", offset, n,
+            std::fabs(double(f.mean - exact.mean)) / sd);
+      check(n == 1 || std::fabs(f.m2 - exact.m2) <= 1e-5 * exact.m2, "float ShiftedMoments m2, offset %g n %zu", offset,
+            n);
+      check(n == 1 || std::fabs(d.m2 - exact.m2) <= slack * n * exact.m2, "double ShiftedMoments m2, offset %g n %zu",
+            offset, n);
     }
   }
   // A first value far from all others must not be what the rest is lost against.
@@ -167,7 +173,8 @@ void halves(const char* name, double (*value_of)(uint16_t), ToHalf to_half, uint
 void half_types() {
   halves<f16>("f16", f16_value, [](auto v) { return to_f16(v); }, 0x7c00);
   halves<bf16>(
-      "bf16", [](uint16_t bits) { return double(float_of(uint32_t(bits) << 16)); }, [](auto v) { return to_bf16(v); }, 0x7f80);
+      "bf16", [](uint16_t bits) { return double(float_of(uint32_t(bits) << 16)); }, [](auto v) { return to_bf16(v); },
+      0x7f80);
   for (int bits = 0x7c01; bits < 0x8000; ++bits) check(std::isnan(to_float(f16{uint16_t(bits)})), "f16 NaN %04x", bits);
 }
 
