@@ -131,10 +131,13 @@ def test_symbolic_sizes_compile_once(runs_on: str) -> None:
 
     function = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
     with normkern.use_backend(runs_on):
+        counts = []
         for n, h in ((3, 5), (4, 7), (5, 9), (6, 2)):
             x = torch.randn(image(n, h))
             torch.testing.assert_close(function(x), run(x))
-    assert counter.frame_count == 1
+            counts.append(counter.frame_count)
+    assert counts[0] > 0
+    assert counts[1:] == counts[:-1]
 
 
 MODULES = [
