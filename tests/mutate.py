@@ -1,0 +1,245 @@
+"""mutate.py: does the checked emulator catch what a slip of the pen would break?
+
+Takes each barrier, fence, bound, ticket and guard of csrc/cuda/*.cuh away in turn, rebuilds the kernels of one dtype in
+a temporary directory and runs a compact set of cases on several schedules and chips. A mutant that no case catches has
+survived: it is either equivalent, which the list in EQUIVALENT must then say, or a hole in the tests.
+
+    python tests/mutate.py               every mutant (about 10 s each on an idle core)
+    python tests/mutate.py --quick 12    so many of them, spread evenly, as in CI
+    python tests/mutate.py --only merge  mutants of files or lines that contain the word
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+DTYPE = "bf16"
+# The rest of a normkern kernel file is generic in these.
+FILES = ("vec.cuh", "merge.cuh", "map.cuh", "fused.cuh", "reduce.cuh", "launch.cuh")
+
+# name, pattern, replacement
+OPERATORS = (
+    ("no barrier", r"\b(__syncthreads|__syncwarp|cluster_sync|grid_sync)\([^()]*\);", ";"),
+    ("no fence", r"\bfence\(\);", ";"),
+    ("no wait", r"\bcopy_async_wait<\d+>\(\);", ";"),
+    ("no commit", r"\bcopy_async_commit\(\);", ";"),
+    ("lost update", r"atomicAdd\((\w+), 1u\)", r"(*\1)++"),
+    ("wrong last", r"unsigned\(blocks - 1\)", "unsigned(blocks)"),
+    ("tickets not zeroed", r"NK_CHECK_CUDA\(zero_async\(.*\)\);", ";"),
+    ("tickets not prepared", r"\*?\w+(\.\w+)?\[[^\]]*\] = 0u?;", ";"),
+    ("one buffer", r"round\+\+ & 1", "0"),
+    ("small shared array", r"\[kWarp\]\)", "[kWarp / 32])"),
+    ("wrong mask", r"0xffffffffu", "0x7fffffffu"),
+    ("short tree", r"other = lanes / 2", "other = lanes / 4"),
+    ("everyone writes", r"if \((threadIdx\.x|lane|seat\.lane) == 0\)", "if (true)"),
+    ("bound off by one", r"(?<=[\w\])]) < (?=[\w(])", " <= "),
+    ("no tail", r"if \((\w+\.n) == V\)", r"if (\1 > 0)"),
+    ("no guard", r"if \((\w+\.n) > 0\)", "if (true)"),
+)
+
+# Mutants that compute the same as the original, as "file: line text" with the reason.
+EQUIVALENT: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    line: int
+    operator: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} {self.operator}: {self.before.strip()[:90]}"
+
+
+def mutants() -> Iterator[Mutant]:
+    for file in FILES:
+        for number, text in enumerate((ROOT / "csrc" / "cuda" / file).read_text().splitlines()):
+            code = text.split("//", 1)[0]
+            if code.lstrip().startswith(("#", "template", "struct", "class")):
+                continue
+            for name, pattern, replacement in OPERATORS:
+                for match in re.finditer(pattern, code):
+                    after = text[: match.start()] + match.expand(replacement) + text[match.end() :]
+                    yield Mutant(file, number + 1, name, text, after)
+
+
+class Workshop:
+    """A copy of csrc with its own build directory, in which one mutant after the other is tried."""
+
+    def __init__(self, folder: Path) -> None:
+        self.csrc, self.build = folder / "csrc", folder / "build"
+        shutil.copytree(ROOT / "csrc", self.csrc)
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        self.run(
+            "cmake", "-S", str(HERE / "emulator"), "-B", str(self.build), *generator,
+            "-DNORMKERN_EMULATOR_MODES=checked", f"-DNORMKERN_EMULATOR_DTYPES={DTYPE}",
+            f"-DNORMKERN_EMULATOR_SOURCES={self.csrc}",
+        )  # fmt: skip
+
+    @staticmethod
+    def run(*command: str, timeout: int = 900, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
+        )
+
+    def verdict(self, mutant: Mutant | None) -> str:
+        """'survived', or how the mutant was caught."""
+        if mutant is None:
+            return self.try_out()
+        path = self.csrc / "cuda" / mutant.file
+        original = path.read_text()
+        lines = original.split("\n")
+        lines[mutant.line - 1] = mutant.after
+        path.write_text("\n".join(lines))
+        try:
+            return self.try_out()
+        finally:
+            path.write_text(original)
+
+    def try_out(self) -> str:
+        built = self.run("cmake", "--build", str(self.build), "--target", "normkern_emulated_checked")
+        if built.returncode:
+            return "does not compile"
+        try:
+            done = self.run(
+                sys.executable, str(Path(__file__)), "--cases", timeout=300, NORMKERN_EMULATOR_DIR=str(self.build)
+            )
+        except subprocess.TimeoutExpired:
+            return "killed: timeout"
+        if done.returncode == 0:
+            return "survived"
+        text = (done.stdout + done.stderr).strip().split("\n")
+        found = [line for line in text if line.startswith("FOUND ")]
+        return "killed: " + (found[0][6:] if found else f"exit {done.returncode}, {text[-1]}")[:200]
+
+
+def run_cases() -> int:
+    """The compact set: every strategy, both walks, groups and columns in several parts, runs that fill no access."""
+    sys.path[:0] = [str(HERE), str(ROOT)]
+    import torch
+    from emulator.backend import H200, STRATEGIES, TINY, EmulatedBackend
+
+    import normkern
+    from normkern.backends import BACKENDS, use_backend
+
+    generator = torch.Generator().manual_seed(7)
+    last = torch.channels_last
+
+    def image(*shape: int, layout: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+        x = torch.randn(shape, generator=generator) * 2 + 3
+        return x.to(torch.bfloat16).contiguous(memory_format=layout)
+
+    def group(x, w, b):  # type: ignore[no-untyped-def]
+        return normkern.group_norm(x, 3, w, b, act="silu", residual=x.detach().cos())
+
+    def batch(x, w, b):  # type: ignore[no-untyped-def]
+        return normkern.batch_norm(x, None, None, w, b, training=True)
+
+    def layer(x, w, b):  # type: ignore[no-untyped-def]
+        return normkern.layer_norm(x, (x.shape[-1],), w, b)
+
+    def rms(x, w, b):  # type: ignore[no-untyped-def]
+        return normkern.rms_norm(x, (x.shape[-1],), w) + 0 * b.sum()
+
+    cases = [
+        ("group", group, image(2, 6, 5, 7)),
+        ("group last", group, image(3, 6, 5, 7, layout=last)),
+        ("group last, long runs", group, image(2, 96, 3, 3, layout=last)),
+        ("batch", batch, image(3, 4, 5, 7)),
+        ("batch, parts", batch, image(2, 2, 97, 98)),
+        ("batch last", batch, image(3, 5, 7, 9, layout=last)),
+        ("batch last, parts", batch, image(3, 8, 37, 40, layout=last)),
+        ("layer", layer, image(70, 131)),
+        ("layer, aligned", layer, image(37, 64)),
+        ("rms", rms, image(9, 1000)),
+    ]
+    for seed, gpu in ((3, TINY), (0, H200), (1, TINY)):
+        for strategy in STRATEGIES:
+            BACKENDS["mutant"] = EmulatedBackend("checked", gpu=gpu, strategy=strategy, seed=seed)
+            for name, function, x in cases:
+                channels = x.shape[-1] if x.dim() == 2 else x.shape[1]
+                leaves = [x, torch.linspace(0.5, 2, channels).bfloat16(), torch.linspace(-1, 1, channels).bfloat16()]
+                results = []
+                for backend in ("eager", "mutant"):
+                    own = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+                    try:
+                        with use_backend(backend):
+                            y = function(*own)
+                            dy = torch.cos(torch.arange(y.numel())).reshape(y.shape).to(y.dtype)
+                            results.append([y, *torch.autograd.grad(y, own, dy)])
+                    except RuntimeError as error:
+                        print("FOUND", str(error).split("\n")[0], f"[{name}, {strategy}]")
+                        return 1
+                for one, two in zip(*results, strict=True):
+                    scale = one.double().abs().amax().clamp(min=1)
+                    if not bool(((one.double() - two.double()).abs() <= 0.02 * scale).all()):
+                        print(f"FOUND wrong values [{name}, {strategy}]")
+                        return 1
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", type=int, metavar="N", help="only N mutants, spread evenly")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only mutants whose description matches")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="show the mutants and do nothing")
+    parser.add_argument("--cases", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cases:
+        return run_cases()
+    chosen = [mutant for mutant in mutants() if re.search(args.only, str(mutant))]
+    if args.quick and args.quick < len(chosen):
+        chosen = [chosen[i * len(chosen) // args.quick] for i in range(args.quick)]
+    if args.list:
+        print(*chosen, sep="\n")
+        return 0
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        workshops: queue.Queue[Workshop] = queue.Queue()
+        for i in range(args.jobs):
+            workshops.put(Workshop(Path(folder) / str(i)))
+
+        def judge(mutant: Mutant | None) -> tuple[Mutant | None, str]:
+            workshop = workshops.get()
+            try:
+                verdict = workshop.verdict(mutant)
+            finally:
+                workshops.put(workshop)
+            print(f"{mutant or 'the original'}\n    {verdict}", flush=True)
+            return mutant, verdict
+
+        if judge(None)[1] != "survived":
+            print("mutate: the unchanged kernels fail the cases")
+            return 1
+        with ThreadPoolExecutor(args.jobs) as pool:
+            verdicts = list(pool.map(judge, chosen))
+    tried = [(mutant, verdict) for mutant, verdict in verdicts if verdict != "does not compile"]
+    killed = sum(verdict.startswith("killed") for _, verdict in tried)
+    survivors = [
+        mutant
+        for mutant, verdict in tried
+        if mutant and verdict == "survived" and f"{mutant.file}: {mutant.before.strip()}" not in EQUIVALENT
+    ]
+    print(f"{killed} of {len(tried)} mutants killed, {len(survivors)} unexplained, {time.time() - start:.0f} s")
+    return len(survivors) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
