@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import normkern
 import normkern.nn
@@ -124,7 +125,7 @@ def test_same_values_gradients_strides_and_statistics(runs_on: str, call: Call, 
 
 @pytest.mark.parametrize("runs_on", RUNNABLE)
 def test_symbolic_sizes_compile_once(runs_on: str) -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def run(x: Tensor) -> Tensor:
         return normkern.group_norm(x, 2)
