@@ -104,6 +104,11 @@ def test_blocks_nest_and_unwind(spy: Spy) -> None:
         assert select(X).name == "eager"
         with use_backend("spy"):
             assert select(X).name == "spy"
+            with use_backend("eager"):
+                assert select(X).name == "eager"
+            assert select(X).name == "spy"
+            # What compiled code looks at: the innermost block is the last.
+            assert [b.name for b in backends._forced_anywhere] == ["eager", "spy"]
         assert select(X).name == "eager"
         with pytest.raises(ZeroDivisionError), use_backend("spy"):
             _ = 1 // 0

@@ -182,6 +182,13 @@ def test_switching_backends_is_seen_by_compiled_code() -> None:
         with normkern.use_backend("spy"):
             torch.testing.assert_close(function(x), plain + 100)
         torch.testing.assert_close(function(x), plain)
+
+        def block(x: Tensor) -> Tensor:
+            with normkern.use_backend("spy"):
+                return normkern.layer_norm(x, (6,))
+
+        torch.testing.assert_close(compiled(block, dynamic=False)(x), plain + 100)
+        torch.testing.assert_close(function(x), plain)
     finally:
         del BACKENDS["spy"]
 
