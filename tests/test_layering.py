@@ -1,9 +1,7 @@
 # The walls between the layers, held by reading the sources: what each may include, name and contain.
 from __future__ import annotations
 
-import platform
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -142,19 +140,3 @@ def test_project_names_no_place_of_its_making() -> None:
         text = path.read_bytes().decode(errors="ignore")
         named += [f"{name}: {m[0]}" for m in places.finditer(text)]
     assert not named
-
-
-# An object compiled for AVX-512 must not offer the linker a copy of an inline function that the others use too: the
-# program could then run AVX-512 code on a machine without it.
-def test_instruction_set_objects_share_no_inline_function(tmp_path: Path) -> None:
-    compiler = shutil.which("c++")
-    if not compiler or not shutil.which("nm"):
-        pytest.skip("needs a C++ compiler and nm")
-    target = tmp_path / "norm.o"
-    isa, flags = ("avx2", ["-mavx2", "-mfma", "-mf16c"]) if platform.machine() == "x86_64" else ("baseline", [])
-    # -O0 keeps every inline function that optimization might dissolve.
-    command = [compiler, "-std=c++17", "-O0", "-fPIC", *flags, f"-DNK_ISA={isa}", "-c", "csrc/cpu/norm.cpp"]
-    subprocess.run([*command, "-o", str(target)], cwd=ROOT, check=True)
-    symbols = subprocess.run(["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True)
-    shared = [line for line in symbols.stdout.splitlines() if re.search(r" [Ww] ", line) and f"::{isa}::" not in line]
-    assert not shared
