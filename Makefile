@@ -28,7 +28,7 @@ demo: build/installed
 
 test: build/installed build/tests/passed build/emulator/made
 	NORMKERN_EMULATOR_DIR=$(abspath build/emulator) \
-	  $(PYTHON) -m pytest $(PYTEST_ARGS) $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo -n auto --maxprocesses 8)
+	  $(PYTHON) -m pytest $(PYTEST_ARGS) $$($(PYTHON) -c 'import xdist' 2>/dev/null && printf '%s' '-n auto --maxprocesses 8')
 
 bench: build/installed
 	$(PYTHON) -m pytest bench --benchmark-only $(BENCH_ARGS)
