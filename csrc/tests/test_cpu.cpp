@@ -141,11 +141,12 @@ Truth truth(const Case& c) {
     const int64_t g = s.group_of(e);
     return (c.x[e] - t.mean[g]) / std::sqrt(t.var[g] + c.p.eps);
   };
-  // A float64 mean of float64 data is only good to its own last place; for all other types it is exact enough.
+  // A float64 mean of float64 data is only good to its own last place; for all other types that is a trifle, which
+  // only shows where x equals the mean.
   const auto size_of_xhat = [&](int64_t e) {
     const int64_t g = s.group_of(e);
     return std::fabs(xhat_of(e)) +
-           (c.p.dtype == DType::f64 ? 1 + std::fabs(t.mean[g]) / std::sqrt(t.var[g] + c.p.eps) : 0);
+           (c.p.dtype == DType::f64 ? 1 + std::fabs(t.mean[g]) / std::sqrt(t.var[g] + c.p.eps) : 1e-8);
   };
   for (int64_t e = 0; e < numel; ++e) {
     const int64_t g = s.group_of(e), w = a.group_of(e);
