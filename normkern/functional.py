@@ -3,6 +3,7 @@
 Each function checks its arguments, names its two domains (problem.py) and hands over to autograd.py. `input` is
 (N, C, ...) in any dense memory format; output and gradients keep its dtype and layout. `residual` is added after weight
 and bias and before `act`, one of None, "relu", "silu", "gelu", "leaky_relu". Parameters may have any floating dtype.
+torch.autocast casts nothing here: inputs are taken as they come.
 """
 
 from __future__ import annotations
