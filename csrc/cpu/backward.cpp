@@ -23,7 +23,7 @@ class Backward {
         threads_(threads),
         weight_(l, a.weight, A(1)),
         bias_(l, a.bias, A(0)),
-        elements_{a.x, a.dy, a.residual, nullptr, a.dx, a.dresidual, weight_.data(), bias_.data(), p.act},
+        elements_{a.x, a.dy, a.residual, nullptr, a.dx, a.dresidual, weight_.data(), bias_.data(), p.act, l.by_line},
         wants_weights_(a.dweight.data || a.dbias.data),
         wants_sums_(a.dx && p.moments != Moments::given) {}
 
@@ -40,7 +40,8 @@ class Backward {
   }
 
  private:
-  // The weights that a task meets, in float64; `first` is an entry, or with columns a group of the affine domain.
+  // The weights that a task meets, in float64; `first` is an entry, or with columns a group of the affine domain
+  // unless weights go by line.
   struct Share {
     int64_t first = 0, count = 0;
     Buffer<double> dbias, dweight;
@@ -163,7 +164,7 @@ class Backward {
   // Room for the weights of the elements e0 to e1.
   void open(Share& share, int64_t e0, int64_t e1) const {
     if (!wants_weights_) return;
-    int64_t first = 0, last = l_.columns ? l_.affine.groups() - 1 : l_.entries - 1;
+    int64_t first = 0, last = l_.columns && !l_.by_line ? l_.affine.groups() - 1 : l_.entries - 1;
     if (!l_.columns) {
       const Lookup& l = l_.lookup;
       const int64_t line = l.runs * l.length, per_slice = l.by_element ? l.length : l.runs;
@@ -177,6 +178,7 @@ class Backward {
   // The same for a box, for which all batches and all rows, or all groups of a contiguous domain, may use the same.
   void open_box(Share& share, const Box& box, int64_t batches) const {
     if (!wants_weights_) return;
+    if (l_.by_line) return reserve(share, box.r0, box.r1 - 1);
     if (l_.columns)
       return reserve(share, box.k0 * l_.stats.cols / l_.affine.cols, (box.k1 * l_.stats.cols - 1) / l_.affine.cols);
     const Runs r = l_.runs(box);
@@ -200,7 +202,8 @@ class Backward {
   }
 
   void add_shares() {
-    const int64_t groups = l_.affine.groups(), per_weight = l_.entries_per_weight();
+    const int64_t groups = l_.affine.groups();
+    const int64_t per_weight = l_.columns && !l_.by_line ? 1 : l_.entries_per_weight();
     int64_t work = 0;
     for (const Share& s : shares_) work += s.count;
     const int64_t parts = std::min(groups, wanted_tasks(work, threads_));
@@ -231,8 +234,8 @@ class Backward {
   Elements<A> elements(const Box& box) const {
     Elements<A> e = elements_;
     if (l_.columns) {
-      e.weight += l_.first_entry(box);
-      e.bias += l_.first_entry(box);
+      e.weight += l_.first_weight(box);
+      e.bias += l_.first_weight(box);
     }
     return e;
   }
@@ -259,15 +262,22 @@ class Backward {
       for (int64_t k = 0; k < groups; ++k) w.sums[k] = {w.first[k], w.second[k]};
       return;
     }
-    kernels_.sums_columns(e, l_.lines(box), center, {w.first, w.second, nullptr, nullptr, 0});
+    BackwardSums s = {w.first, w.second, nullptr, nullptr, 0};
+    if (l_.by_line && wants_weights_) {
+      s.dbias = share.dbias.get() + (box.r0 - share.first);
+      s.dweight = share.dweight.get() + (box.r0 - share.first);
+    }
+    kernels_.sums_columns(e, l_.lines(box), center, s);
     const int64_t cols = l_.stats.cols;
     std::fill_n(w.sums, groups, Sums{});
     for (int64_t j = 0; j < n;) {
       for (int64_t k = 0; k < groups; ++k)
-        for (int64_t c = 0; c < cols; ++c, ++j)
-          w.sums[k] = merge(w.sums[k], Sums{double(e.weight[j]) * w.first[j], double(e.weight[j]) * w.second[j]});
+        for (int64_t c = 0; c < cols; ++c, ++j) {
+          const double weight = l_.by_line ? 1 : double(e.weight[j]);  // by line it is in the sums already
+          w.sums[k] = merge(w.sums[k], Sums{weight * w.first[j], weight * w.second[j]});
+        }
     }
-    if (!wants_weights_) return;
+    if (!wants_weights_ || l_.by_line) return;
     for (int64_t j = 0; j < n;) {
       for (int64_t g = 0; g < share.count; ++g)
         for (int64_t c = 0; c < l_.affine.cols; ++c, ++j) {

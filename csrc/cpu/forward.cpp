@@ -94,7 +94,8 @@ class Forward {
     if (!only_moments) {
       weight_ = std::make_unique<Expanded<A>>(l_, a_.weight, A(1));
       bias_ = std::make_unique<Expanded<A>>(l_, a_.bias, A(0));
-      elements_ = {a_.x, nullptr, a_.residual, a_.y, nullptr, nullptr, weight_->data(), bias_->data(), p_.act};
+      elements_ = {a_.x,    nullptr,         a_.residual,   a_.y,   nullptr,
+                   nullptr, weight_->data(), bias_->data(), p_.act, l_.by_line};
     }
     if (p_.moments == Moments::given) return given(wanted);
     if (pieces >= wanted && (bytes <= kFusedBytes || only_moments))
@@ -196,8 +197,8 @@ class Forward {
   void map(const Box& box, Center<A> center) const {
     Elements<A> e = elements_;
     if (!l_.columns) return kernels_.map_runs(e, l_.runs(box), l_.lookup, center);
-    e.weight += l_.first_entry(box);
-    e.bias += l_.first_entry(box);
+    e.weight += l_.first_weight(box);
+    e.bias += l_.first_weight(box);
     kernels_.map_columns(e, l_.lines(box), center);
   }
 

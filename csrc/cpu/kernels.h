@@ -42,8 +42,9 @@ template <class A>
 struct Elements {
   const void *x, *dy, *residual;
   void *y, *dx, *dresidual;
-  const A *weight, *bias;  // by Lookup for runs, [width] for columns
+  const A *weight, *bias;  // by Lookup for runs, [width] for columns or, if by_line, [lines]
   Act act;
+  bool by_line;  // columns: weights change from line to line, not along it
 };
 
 // Sums over statistics groups of g and g*xhat, and over weights of dz and dz*xhat; either pair may be null. All add
@@ -69,7 +70,7 @@ struct Kernels {
   void (*map_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center);
   void (*map_columns)(const Elements<A>& e, const Columns& c, Center<A> center);
   void (*sums_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center, BackwardSums s);
-  // Columns sum dz and dz*xhat only, into s.g and s.g_xhat.
+  // Columns sum dz and dz*xhat only, into s.g and s.g_xhat; if by_line, all four, weights by line.
   void (*sums_columns)(const Elements<A>& e, const Columns& c, Center<A> center, BackwardSums s);
   void (*slope_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center, Slope<A> slope);
   void (*slope_columns)(const Elements<A>& e, const Columns& c, Center<A> center, Slope<A> slope);

@@ -55,12 +55,13 @@ struct Layout {
   Domain stats;   // simplified, and a contiguous one as one batch of many `keep`
   Domain affine;  // simplified
   bool columns = false;
-  int64_t line = 0;     // elements of a line of stats
-  int64_t width = 0;    // columns: elements of the lines walked, a multiple of `line`
-  int64_t rows = 0;     // rows of a batch index, or with columns its whole walked lines
-  int64_t tail = 0;     // columns: elements after the last whole line
-  Lookup lookup{};      // runs: where weights are
-  int64_t entries = 0;  // weights in the form that kernels read
+  bool by_line = false;  // columns: a weight for each line or several, as for layer norm over outer dimensions
+  int64_t line = 0;      // elements of a line of stats
+  int64_t width = 0;     // columns: elements of the lines walked, a multiple of `line`
+  int64_t rows = 0;      // rows of a batch index, or with columns its whole walked lines
+  int64_t tail = 0;      // columns: elements after the last whole line
+  Lookup lookup{};       // runs: where weights are
+  int64_t entries = 0;   // weights in the form that kernels read
 
   Layout(const Problem& p, bool has_affine);
 
@@ -72,7 +73,12 @@ struct Layout {
   }
   int64_t entries_of_batch() const { return columns ? width : stats.keep; }
   int64_t first_entry(const Box& x) const { return columns ? x.k0 * stats.cols : x.k0; }
-  int64_t entries_per_weight() const { return !columns && lookup.by_element ? affine.cols : 1; }
+  // Neighbouring entries with one weight.
+  int64_t entries_per_weight() const {
+    if (columns) return by_line ? affine.cols / line : affine.cols;
+    return lookup.by_element ? affine.cols : 1;
+  }
+  int64_t first_weight(const Box& x) const { return by_line ? x.r0 : first_entry(x); }
 
   Runs runs(const Box& x) const {
     return {((x.b * stats.rows + x.r0) * stats.keep + x.k0) * stats.cols + x.c0, x.c1 - x.c0, x.groups(), x.r1 - x.r0,
@@ -89,13 +95,16 @@ inline Layout::Layout(const Problem& p, bool has_affine) : stats(simplify(p.stat
   line = stats.keep * stats.cols;
   const bool same_line =
       affine.batch == 1 && affine.rows > 1 && affine.keep * affine.cols == line && stats.cols % affine.cols == 0;
-  columns = stats.rows > 1 && (same_line || !has_affine) &&
+  const int64_t period = affine.rows == 1 ? affine.numel() : affine.keep * affine.cols;
+  by_line = has_affine && !same_line && stats.rows > 1 && stats.cols < kShortRun && affine.cols % line == 0 &&
+            period == slice() && (affine.rows == 1 || affine.batch == 1);
+  columns = stats.rows > 1 && (same_line || by_line || !has_affine) &&
             (stats.cols < kShortRun || (has_affine && affine.cols < kShortRun && line <= kMaxColumns));
   if (columns) {
-    width = line * std::min(stats.rows, line < kMinLine ? ceil_div(kMinLine, line) : 1);
+    width = by_line ? line : line * std::min(stats.rows, line < kMinLine ? ceil_div(kMinLine, line) : 1);
     rows = slice() / width;
     tail = slice() - rows * width;
-    entries = width;
+    entries = by_line ? stats.rows : width;
     return;
   }
   rows = stats.rows;
@@ -192,8 +201,7 @@ template <class A>
 class Expanded {
  public:
   Expanded(const Layout& l, Param param, A missing) {
-    if (param.data && param.dtype == kDTypeOf<A> && l.entries == l.affine.groups() &&
-        !(l.columns && l.affine.cols > 1)) {
+    if (param.data && param.dtype == kDTypeOf<A> && l.entries == l.affine.groups() && l.entries_per_weight() == 1) {
       data_ = static_cast<const A*>(param.data);
       return;
     }
@@ -203,7 +211,7 @@ class Expanded {
       std::fill_n(owned_.get(), l.entries, missing);
       return;
     }
-    const int64_t per_weight = l.columns ? l.affine.cols : l.entries_per_weight();
+    const int64_t per_weight = l.entries_per_weight();
     with_type(param.dtype, [&](auto type) {
       const auto* from = static_cast<const decltype(type)*>(param.data);
       const int64_t groups = l.affine.groups();

@@ -268,6 +268,14 @@ void map_columns(const Elements<A>& elements, const Columns& c, Center<A> center
   const Elements<A> a = elements;
   for (int64_t line = 0; line <= c.lines; ++line) {
     const int64_t e = c.first + line * c.stride;
+    if (a.by_line) {
+      if (line == c.lines) return;  // such lines have no tail
+      const Pack<A> weight = fill(a.weight[line]), bias = fill(a.bias[line]);
+      for_packs(c.width, [&](int64_t j, int64_t n) NK_INLINED {
+        map_pack<T>(a, e + j, n, CenterPack<A>::columns(center, j, n), weight, bias);
+      });
+      continue;
+    }
     for_packs(line < c.lines ? c.width : c.tail, [&](int64_t j, int64_t n) NK_INLINED {
       map_pack<T>(a, e + j, n, CenterPack<A>::columns(center, j, n), load_some<A>(a.weight + j, n),
                   load_some<A>(a.bias + j, n));
@@ -334,7 +342,33 @@ void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup,
 }
 
 template <class T, class A>
+void sums_lines(const Elements<A>& elements, const Columns& c, Center<A> center, BackwardSums s) {
+  const Elements<A> a = elements;
+  for (int64_t line = 0; line < c.lines; ++line) {
+    const Pack<A> weight = fill(a.weight[line]);
+    A bias[kLanes];
+    store(bias, fill(a.bias[line]));
+    Doubles all = fill(0.0), all_xhat = all;
+    for (int64_t j = 0; j < c.width; j += kLanes) {
+      const int64_t n = c.width - j < kLanes ? c.width - j : int64_t(kLanes), e = c.first + line * c.stride + j;
+      const Pack<A> xhat = CenterPack<A>::columns(center, j, n).xhat(load_some<A>(static_cast<const T*>(a.x) + e, n));
+      const Pack<A> dz = dz_pack<T>(a, e, n, xhat, weight, bias);
+      const Doubles wide = convert<double>(dz), wide_xhat = convert<double>(xhat), g = convert<double>(dz * weight);
+      all = all + wide;
+      all_xhat = all_xhat + wide * wide_xhat;
+      store_some(s.g + j, load_some<double>(s.g + j, n) + g, n);
+      store_some(s.g_xhat + j, load_some<double>(s.g_xhat + j, n) + g * wide_xhat, n);
+    }
+    if (s.dweight) {
+      s.dbias[line] += total(all);
+      s.dweight[line] += total(all_xhat);
+    }
+  }
+}
+
+template <class T, class A>
 void sums_columns(const Elements<A>& elements, const Columns& c, Center<A> center, BackwardSums s) {
+  if (elements.by_line) return sums_lines<T>(elements, c, center, s);
   const Elements<A> a = elements;
   for_strips<4>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
     const auto pack = CenterPack<A>::columns(center, j, n);
@@ -387,6 +421,17 @@ void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> cent
   const Elements<A> a = elements;
   for (int64_t line = 0; line <= c.lines; ++line) {
     const int64_t e = c.first + line * c.stride;
+    if (a.by_line) {
+      if (line == c.lines) return;
+      const Pack<A> weight = fill(a.weight[line]);
+      A bias[kLanes];
+      store(bias, fill(a.bias[line]));
+      for_packs(c.width, [&](int64_t j, int64_t n) NK_INLINED {
+        slope_pack<T>(a, e + j, n, CenterPack<A>::columns(center, j, n), weight, bias,
+                      load_some<A>(slope.mean_g + j, n), load_some<A>(slope.mean_g_xhat + j, n));
+      });
+      continue;
+    }
     for_packs(line < c.lines ? c.width : c.tail, [&](int64_t j, int64_t n) NK_INLINED {
       slope_pack<T>(a, e + j, n, CenterPack<A>::columns(center, j, n), load_some<A>(a.weight + j, n), a.bias + j,
                     load_some<A>(slope.mean_g + j, n), load_some<A>(slope.mean_g_xhat + j, n));

@@ -313,6 +313,8 @@ std::vector<Geometry> geometries(int64_t n, int64_t c, int64_t s, int64_t g) {
           {"weight", {c, 1, 1, n * s}, {c, 1, 1, n * s}},
           // Not in the table of norms: domains that no fast walk was made for.
           {"transposed layer", {1, c, n, s}, {1, 1, c, n * s}},
+          {"transposed layers", {n, c, s, 1}, {1, n, c, s}},
+          {"transposed pairs", {n, c * g, s, 1}, {1, n, c, g * s}},
           {"weights across groups", {n, s, c, 1}, {1, n * s, g, per}},
           {"one group", {1, n, 1, c * s}, {1, n, c, s}}};
 }
