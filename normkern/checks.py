@@ -42,7 +42,8 @@ def check_input(name: str, x: Tensor, least_dims: int) -> None:
 def _check_tensor(name: str, what: str, t: Tensor, x: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: {what} must be a Tensor or None; got {type(t).__name__}")
-    if t.device != x.device:
+    # Cheaper than making two device objects to compare.
+    if t.is_cpu != x.is_cpu or t.get_device() != x.get_device():
         raise RuntimeError(f"{name}: {what} must be on the device of input; got {t.device} and {x.device}")
 
 
