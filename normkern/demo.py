@@ -363,20 +363,19 @@ def speed_table(results: list[Speed], dtype: torch.dtype, rounds: int) -> Table:
         f"Medians of up to {rounds} rounds in which the rivals take turns; 'faster': torch's time over normkern's."
         + (" torch runs without cuDNN; cudnn is torch with it." if cudnn else ""),
         "\nnorm",
-        "\nshape",
         "\nlayout",
         *("forward\ntorch", *(f"\n{name}" for name in rivals[1:]), "\nnormkern", "\nfaster"),
-        *("+ backward\ntorch", *(f"\n{name}" for name in rivals[1:]), "\nnormkern", "\nfaster"),
-        left=3,
+        *("and back\ntorch", *(f"\n{name}" for name in rivals[1:]), "\nnormkern", "\nfaster"),
+        left=2,
     )
     lines = []
     for one in results:
-        cells = [one.row.op, "x".join(map(str, one.row.shape)), one.row.layout]
+        cells = [one.row.op, one.row.layout]
         for times in (one.forward, one.training):
             cells += [milliseconds(times[name]) if name in times else "" for name in (*rivals, "normkern")]
             cells.append(faster_text(times["torch"], times["normkern"]))
         lines.append(cells)
-    for line in without_repeats(lines, 2):
+    for line in without_repeats(lines, 1):
         made.add_row(*line)
     return made
 
@@ -389,7 +388,7 @@ def backend_table(compared: list[Row], dtype: torch.dtype, device: torch.device)
         found.append(normkern.explain(row.op, x, *row.arguments(*row.affine(dtype, device))))
     chips = {one.chip.name for one in found if one.chip and one.passes}
     planned = f"plan on {'this GPU' if device.type == 'cuda' else '/'.join(chips)}" if chips else "GPU plan"
-    made = table("What ran", "", "\nnorm", "\nlayout", "\nbackend", "\ngroups", "elements\nof each", left=3)
+    made = table("What ran", "", "\nnorm", "\nshape", "\nlayout", "\nbackend", "\ngroups", left=4)
     made.caption = "'normkern.explain' says more of any call." + (
         "" if device.type == "cuda" else " The plan is what the CUDA kernels would do; nothing of it ran here."
     )
@@ -399,9 +398,9 @@ def backend_table(compared: list[Row], dtype: torch.dtype, device: torch.device)
     for row, one in zip(compared, found, strict=True):
         plans = [planned_pass.plan.strategy.name for planned_pass in one.passes] or ["not built"] * 2
         stats = one.problem.stats if one.problem else None
-        sizes = [f"{stats.groups:,}", f"{stats.count:,}"] if stats else ["", ""]
-        lines.append([row.op, row.layout, one.backend or "none", *sizes, *plans])
-    for line in without_repeats(lines, 1):
+        shape, groups = "x".join(map(str, row.shape)), f"{stats.groups:,}" if stats else ""
+        lines.append([row.op, shape, row.layout, one.backend or "none", groups, *plans])
+    for line in without_repeats(lines, 2):
         made.add_row(*line)
     return made
 
