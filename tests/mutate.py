@@ -45,15 +45,30 @@ OPERATORS = (
     ("wrong mask", r"0xffffffffu", "0x7fffffffu"),
     ("short tree", r"other = lanes / 2", "other = lanes / 4"),
     ("everyone writes", r"if \((threadIdx\.x|lane|seat\.lane) == 0\)", "if (true)"),
-    ("bound off by one", r"(?<=[\w\])]) < (?=[\w(])", " <= "),
+    # Not the loops over the elements of one access: those are registers, and the compiler sees their end itself.
+    ("bound off by one", r"(?<=[\w\])]) < (?=[\w(])(?!(?:V|kPiece|2);)", " <= "),
     ("no tail", r"if \((\w+\.n) == V\)", r"if (\1 > 0)"),
     ("no guard", r"if \((\w+\.n) > 0\)", "if (true)"),
 )
 
-# Mutants that compute the same as the original, as "file: line text" with the reason.
+# Mutants that compute the same as the original: how "file: line" begins, and the reason.
+SAME, ZERO = "both sides are the same where they are equal", "what lies beyond a chunk is loaded as zero"
 EQUIVALENT = {
-    "vec.cuh: if (c.n > 0) store<T, V>(to->v, load_chunk<T, V>(data, c));": "callers visit no empty chunk",
-    "reduce.cuh: if (chunk.n > 0) op.push(state, own, chunk, loaded);": "pushing nothing adds nothing",
+    "vec.cuh: if (c.n > 0) store<T, V>(to->v, load_chunk": "callers visit no empty chunk",
+    "vec.cuh: const int64_t from = aligned > begin": SAME,
+    "fused.cuh: for (int64_t first = int64_t(blockIdx.x) * seat.per_block": "a group too many has no slots",
+    "fused.cuh: const A d = i < c.n ? A(to_float(access.v[i])) - shift": "this mean only has to be near the right one",
+    "fused.cuh: var = var < 0 ? 0 : var;": SAME,
+    "fused.cuh: chunk_sum += i < c.n ?": ZERO,
+    "fused.cuh: chunk_product += i < c.n ?": ZERO,
+    "reduce.cuh: first[i] = i < c.n ?": ZERO,
+    "reduce.cuh: second[i] = i < c.n ?": ZERO,
+    "reduce.cuh: if (chunk.n > 0) op.push(": "pushing nothing adds nothing",
+    "reduce.cuh: const int64_t last = first + per_part": SAME,
+    "reduce.cuh: while (slot < last) {": "the last round has an empty chunk",
+    "reduce.cuh: const int columns = int(tile.columns": SAME,
+    "reduce.cuh: const int64_t first = part * per_part": SAME,
+    "reduce.cuh: if (lane < tile.lanes) {": "a lane too many writes where no lane is read",
 }
 
 
@@ -237,7 +252,9 @@ def main() -> int:
     survivors = [
         mutant
         for mutant, verdict in tried
-        if mutant and verdict == "survived" and f"{mutant.file}: {mutant.before.strip()}" not in EQUIVALENT
+        if mutant
+        and verdict == "survived"
+        and not f"{mutant.file}: {mutant.before.strip()}".startswith(tuple(EQUIVALENT))
     ]
     print(f"{killed} of {len(tried)} mutants killed, {len(survivors)} unexplained, {time.time() - start:.0f} s")
     return len(survivors) > 0
