@@ -70,6 +70,7 @@ def _moments(kind: Moments, v: Tensor) -> tuple[Tensor | None, Tensor]:
     if kind == Moments.second:
         return None, v.square().mean((1, 3), keepdim=True)
     mean = v.mean((1, 3), keepdim=True)
+    mean = mean + (v - mean).mean((1, 3), keepdim=True)  # the sum rounds; what is left over is its error
     return mean, (v - mean).square().mean((1, 3), keepdim=True)
 
 
