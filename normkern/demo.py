@@ -155,7 +155,7 @@ class Row:
     def input(self, offset: float, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Standard normal values around `offset`, of this row's shape and memory layout."""
         generator = torch.Generator().manual_seed(SEED)
-        if self.layout == "transposed":  # (N, D, T) seen as (N, T, D): what flatten(2).transpose(1, 2) gives
+        if self.layout == "columns":  # (N, D, T) seen as (N, T, D): what flatten(2).transpose(1, 2) gives
             n, tokens, width = self.shape
             x = torch.randn((n, width, tokens), generator=generator, dtype=torch.float64).transpose(1, 2)
         else:
@@ -199,7 +199,7 @@ def rows(quick: bool, device: torch.device) -> list[Row]:
     if quick:
         shapes = {"batch_norm": (4, 32, 14, 14), "group_norm": (2, 64, 14, 14), "instance_norm": (2, 32, 14, 14)}
         shapes |= {"layer_norm": (2, 49, 192), "rms_norm": (1, 64, 512)}
-    layouts = {4: ("NCHW", "NHWC"), 3: ("rows", "transposed")}
+    layouts = {4: ("NCHW", "NHWC"), 3: ("rows", "columns")}
     return [Row(op, shape, layout) for op, shape in shapes.items() for layout in layouts[len(shape)]]
 
 
@@ -365,7 +365,7 @@ def speed_table(results: list[Speed], dtype: torch.dtype, rounds: int) -> Table:
         "\nnorm",
         "\nlayout",
         *("forward\ntorch", *(f"\n{name}" for name in rivals[1:]), "\nnormkern", "\nfaster"),
-        *("and back\ntorch", *(f"\n{name}" for name in rivals[1:]), "\nnormkern", "\nfaster"),
+        *("+ back\ntorch", *(f"\n{name}" for name in rivals[1:]), "\nnormkern", "\nfaster"),
         left=2,
     )
     lines = []
