@@ -55,11 +55,15 @@ class Chip:
     max_cluster: int
     bandwidth: float | None
 
+    def described(self) -> Any:
+        """The same as the planner's own type."""
+        return _host.Gpu(self.sms, self.smem_per_block, self.smem_per_sm, self.l2_bytes, self.max_cluster)
+
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("H200", 132, 232448, 233472, 50 << 20, 8, 4.8e12),
+        Chip("H200", 132, 232448, 233472, 60 << 20, 8, 4.8e12),
         Chip("H100", 132, 232448, 233472, 50 << 20, 8, 3.35e12),
         Chip("A100", 108, 166912, 167936, 40 << 20, 1, 2.04e12),
         Chip("L4", 58, 101376, 102400, 48 << 20, 1, 0.30e12),
@@ -220,8 +224,7 @@ def _planned(name: str, problem: Problem, x: Tensor, chip: Chip, affine_grads: b
     request = _host.Request(
         pass_=getattr(_host.Pass, name), aligned=True, affine_grads=affine_grads, strategy=_host.Strategy.automatic
     )
-    gpu = _host.Gpu(chip.sms, chip.smem_per_block, chip.smem_per_sm, chip.l2_bytes, chip.max_cluster)
-    return PlannedPass(name, _host.make_plan(described, request, gpu), chip)
+    return PlannedPass(name, _host.make_plan(described, request, chip.described()), chip)
 
 
 def explain(op: str, input: Tensor, *args: Any, gpu: str | Chip | None = None, **kwargs: Any) -> Explanation:

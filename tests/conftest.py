@@ -85,7 +85,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: only with --slow")
     if os.environ.get("NORMKERN_REQUIRE_NATIVE") == "1":
         absent = [f"{s}: {s.missing}" for s in SETUPS if s.missing]
         if absent:

@@ -24,12 +24,10 @@ from normkern._host import (
     make_plan,
 )
 
-H200 = Gpu(sms=132, smem_per_block=232448, smem_per_sm=233472, l2_bytes=60 << 20, max_cluster=16)
-H100 = Gpu(sms=132, smem_per_block=232448, smem_per_sm=233472, l2_bytes=50 << 20, max_cluster=16)
-A100 = Gpu(sms=108, smem_per_block=166912, smem_per_sm=167936, l2_bytes=40 << 20, max_cluster=1)
-L4 = Gpu(sms=58, smem_per_block=101376, smem_per_sm=102400, l2_bytes=48 << 20, max_cluster=1)
-B200 = Gpu(sms=148, smem_per_block=232448, smem_per_sm=233472, l2_bytes=126 << 20, max_cluster=16)
-CHIPS = {"H200": H200, "H100": H100, "A100": A100, "L4": L4, "B200": B200}
+from normkern.explain import CHIPS as KNOWN_CHIPS
+
+CHIPS = {name: chip.described() for name, chip in KNOWN_CHIPS.items()}
+L4, A100, H200 = CHIPS["L4"], CHIPS["A100"], CHIPS["H200"]
 SIZES = {DType.f32: 4, DType.f64: 8, DType.f16: 2, DType.bf16: 2}
 
 Pair = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]

@@ -10,7 +10,7 @@
 namespace normkern::test {
 namespace {
 
-constexpr Gpu kH200 = {132, 232448, 233472, 60 << 20, 16};
+constexpr Gpu kH200 = {132, 232448, 233472, 60 << 20, 8};
 
 // The planner is constexpr, so that an undefined operation in it does not compile.
 constexpr Plan kLayerNorm = make_plan(

@@ -65,12 +65,17 @@ def _slope(act: Act, z: Tensor) -> Tensor:
     return torch.ones_like(z)
 
 
+def _mean(v: Tensor) -> Tensor:
+    """The mean of each group of v."""
+    mean = v.mean((1, 3), keepdim=True)
+    return mean + (v - mean).mean((1, 3), keepdim=True)  # the sum rounds; what is left over is its error
+
+
 def _moments(kind: Moments, v: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Mean (None for a second moment) and biased variance of each group of v, in two exact passes."""
+    """Mean (None for a second moment) and biased variance of each group of v, in exact passes."""
     if kind == Moments.second:
         return None, v.square().mean((1, 3), keepdim=True)
-    mean = v.mean((1, 3), keepdim=True)
-    mean = mean + (v - mean).mean((1, 3), keepdim=True)  # the sum rounds; what is left over is its error
+    mean = _mean(v)
     return mean, (v - mean).square().mean((1, 3), keepdim=True)
 
 
@@ -143,14 +148,14 @@ def normalize(
 def differentiable_moments(domain: Domain, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every group."""
     v = _viewed(x, domain)
-    mean = v.mean((1, 3), keepdim=True)
+    mean = _mean(v)
     return mean.reshape(-1), (v - mean).square().mean((1, 3)).reshape(-1)
 
 
 def moments_gradient(domain: Domain, x: Tensor, dmean: Tensor, dvar: Tensor) -> Tensor:
     """The gradient of a loss in x, given those in mean and biased variance; differentiable itself."""
     v = _viewed(x, domain)
-    centred = v - v.mean((1, 3), keepdim=True)
+    centred = v - _mean(v)
     return _unviewed((_by_group(dmean, domain) + 2 * _by_group(dvar, domain) * centred) / domain.count, x)
 
 

@@ -161,7 +161,7 @@ MIRRORS = [
     CDomain, CProblem, CVector, CVector, CForwardArgs, CBackwardArgs, CMomentsArgs, Gpu, CRequest, Launch, Reduce, Plan,
 ]  # fmt: skip
 
-H200 = Gpu(132, 232448, 233472, 60 << 20, 16)
+H200 = Gpu(132, 232448, 233472, 60 << 20, 8)
 # One multiprocessor with little shared memory: blocks must go round their loops, whose later turns are where the
 # hazards are. A block may still have as much as on a real chip.
 TINY = Gpu(1, 232448, 16384, 0, 1)
