@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from normkern import autograd, problem
+from normkern import autograd, direct, problem, running
 from normkern.checks import (
     check_act,
     check_enough_values,
@@ -57,8 +57,14 @@ def _normalize(
     mean: Tensor | None = None,
     var: Tensor | None = None,
     save: bool = False,
+    call: tuple[object, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y in the layout of x, and the moments that were computed, if `save`; `dense` and `problem` are from _fit."""
+    """y in the layout of x, and the moments that were computed, if `save`; `dense` and `problem` are from _fit.
+
+    `call` is what direct.py may recognize the call by next time.
+    """
+    if call is not None and dense is x:
+        direct.remember(call, problem)
     order = problem.weight_order
     if order is not None:
         weight = None if weight is None else weight.permute(order).contiguous()
@@ -80,24 +86,6 @@ def _empty(x: Tensor, *others: Tensor | None) -> Tensor:
     return y
 
 
-def _track(running: Tensor, value: Tensor, keep: float | Tensor, take: float | Tensor) -> Tensor:
-    """keep * running + take * value, in float64."""
-    if isinstance(keep, Tensor):
-        return value * take + running.to(value.dtype) * keep
-    return torch.add(value * take, running, alpha=keep)  # an operator less than the line above
-
-
-def _update_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float | Tensor
-) -> None:
-    """Both or neither: what can fail comes before the first write. None of these tensors requires gradients."""
-    keep = 1 - momentum
-    next_mean = _track(running_mean, mean, keep, momentum)
-    next_var = _track(running_var, var, keep, momentum * (count / (count - 1)))
-    running_mean.copy_(next_mean)
-    running_var.copy_(next_var)
-
-
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -110,32 +98,50 @@ def batch_norm(
     *,
     residual: Tensor | None = None,
     act: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """Normalize every channel over the batch and all positions.
 
     In training the batch's own moments are used and the running statistics, if given, move towards them by `momentum`
-    (with the unbiased variance); otherwise the running statistics are the moments.
+    (with the unbiased variance); otherwise the running statistics are the moments. With `skip_nonfinite` a batch with
+    an infinite or NaN moment moves no running statistics, of any channel.
     """
-    check_flag("batch_norm", "training", training)
-    momentum = momentum if isinstance(momentum, Tensor) else check_float("batch_norm", "momentum", momentum)
-    return _batch_norm(
-        "batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act
+    return batch_norm_counted(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act, skip_nonfinite, None
     )
 
 
-def _batch_norm(
-    name: str,
+def batch_norm_counted(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float | Tensor,
+    momentum: float | None,
     eps: float,
     residual: Tensor | None,
     act: str | None,
+    skip_nonfinite: bool,
+    batches: Tensor | None,
 ) -> Tensor:
+    """batch_norm, which adds 1 to `batches` where it has moved the running statistics.
+
+    With `batches`, momentum=None is that of the average over all batches so far.
+    """
+    name = "batch_norm"
+    call = None
+    if type(momentum) is float and skip_nonfinite is False:
+        call = name, x, weight, bias, residual, running_mean, running_var, training, eps, act
+        y = direct.run(call, momentum if training else None)
+        if y is not None:
+            if batches is not None:
+                batches.add_(1)
+            return y
+    check_flag(name, "training", training)
+    check_flag(name, "skip_nonfinite", skip_nonfinite)
+    if momentum is not None or batches is None:
+        momentum = check_float(name, "momentum", momentum)
     if isinstance(x, Tensor) and x.shape == (0,):
         return _empty(x, weight, bias, residual)  # torch takes this for a batch without channels
     check_input(name, x, 2)
@@ -152,15 +158,34 @@ def _batch_norm(
     bias = check_parameter(name, "bias", _flat(bias), (channels,), x)
     check_residual(name, residual, x)
     if numel == 0:
-        return _empty(x, weight, bias, residual)
-    dense, found = _fit(x, problem.batch, activation, eps, not training)
-    if not training:
-        return _normalize(x, dense, found, weight, bias, residual, mean, var)[0]
-    tracked = running_mean is not None
-    y, batch_mean, batch_var = _normalize(x, dense, found, weight, bias, residual, save=tracked)
-    if running_mean is not None and running_var is not None:
-        _update_running(running_mean, running_var, batch_mean, batch_var, numel // channels, momentum)
+        y = _empty(x, weight, bias, residual)
+        only = None
+    elif not training:
+        dense, found = _fit(x, problem.batch, activation, eps, True)
+        return _normalize(x, dense, found, weight, bias, residual, mean, var, call=call)[0]
+    else:
+        dense, found = _fit(x, problem.batch, activation, eps, False)
+        tracked = running_mean is not None
+        y, batch_mean, batch_var = _normalize(x, dense, found, weight, bias, residual, save=tracked, call=call)
+        only = None
+        if running_mean is not None and running_var is not None:
+            if skip_nonfinite:
+                only = _all_finite(batch_mean, batch_var)
+            # A tensor, so that the count stays on its device.
+            share = momentum if momentum is not None else 1.0 / (_number(batches) + 1).double()
+            running.update(running_mean, running_var, batch_mean, batch_var, numel // channels, share, only)
+    if batches is not None:  # counted last: a call that fails is no batch
+        batches.add_(1 if only is None else only)
     return y
+
+
+def _number(batches: Tensor | None) -> Tensor:
+    assert batches is not None, "momentum=None comes with a count of batches"
+    return batches
+
+
+def _all_finite(mean: Tensor, var: Tensor) -> Tensor:
+    return (torch.isfinite(mean) & torch.isfinite(var)).all()
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:
@@ -181,6 +206,10 @@ def group_norm(
     act: str | None = None,
 ) -> Tensor:
     """Normalize each of `num_groups` bundles of neighbouring channels of every sample."""
+    call = "group_norm", input, weight, bias, residual, None, None, num_groups, eps, act
+    y = direct.run(call, None)
+    if y is not None:
+        return y
     check_input("group_norm", input, 2)
     check_groups("group_norm", num_groups, input)
     eps = check_float("group_norm", "eps", eps)
@@ -194,7 +223,7 @@ def group_norm(
     if numel == 0:
         return _empty(input, weight, bias, residual)
     dense, found = _fit(input, problem.group, num_groups, activation, eps)
-    return _normalize(input, dense, found, weight, bias, residual)[0]
+    return _normalize(input, dense, found, weight, bias, residual, call=call)[0]
 
 
 def layer_norm(
@@ -208,8 +237,12 @@ def layer_norm(
     act: str | None = None,
 ) -> Tensor:
     """Normalize over the last dimensions, which have the sizes `normalized_shape`."""
+    call = "layer_norm", input, weight, bias, residual, None, None, normalized_shape, eps, act
+    y = direct.run(call, None)
+    if y is not None:
+        return y
     eps = check_float("layer_norm", "eps", eps)
-    return _layer_norm("layer_norm", input, normalized_shape, weight, bias, eps, residual, act, second=False)
+    return _layer_norm("layer_norm", input, normalized_shape, weight, bias, eps, residual, act, False, call)
 
 
 def rms_norm(
@@ -225,7 +258,11 @@ def rms_norm(
 
     As in torch, eps=None is the machine epsilon of the type that computes: float32, or float64 for a float64 input.
     """
-    return _rms_norm("rms_norm", input, normalized_shape, weight, eps, residual, act)
+    call = "rms_norm", input, weight, None, residual, None, None, normalized_shape, eps, act
+    y = direct.run(call, None)
+    if y is not None:
+        return y
+    return _rms_norm("rms_norm", input, normalized_shape, weight, eps, residual, act, call)
 
 
 def _rms_norm(
@@ -236,12 +273,13 @@ def _rms_norm(
     eps: float | None,
     residual: Tensor | None,
     act: str | None,
+    call: tuple[object, ...] | None = None,
 ) -> Tensor:
     check_input(name, x, 0)
     if eps is None:
         eps = 2.0**-52 if x.dtype is torch.float64 else 2.0**-23
     eps = check_float(name, "eps", eps)
-    return _layer_norm(name, x, normalized_shape, weight, None, eps, residual, act, second=True)
+    return _layer_norm(name, x, normalized_shape, weight, None, eps, residual, act, True, call)
 
 
 def _layer_norm(
@@ -254,6 +292,7 @@ def _layer_norm(
     residual: Tensor | None,
     act: str | None,
     second: bool,
+    call: tuple[object, ...] | None = None,
 ) -> Tensor:
     check_input(name, x, 0)
     shape = check_normalized_shape(name, normalized_shape, x)
@@ -264,7 +303,7 @@ def _layer_norm(
     if x.numel() == 0:
         return _empty(x, weight, bias, residual)
     dense, found = _fit(x, problem.layer, len(shape), activation, eps, second)
-    return _normalize(x, dense, found, weight, bias, residual)[0]
+    return _normalize(x, dense, found, weight, bias, residual, call=call)[0]
 
 
 def instance_norm(
@@ -279,13 +318,22 @@ def instance_norm(
     *,
     residual: Tensor | None = None,
     act: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """Normalize every channel of every sample over its positions.
 
     With `use_input_stats` the running statistics, if given, move by `momentum` towards the moments averaged over the
-    batch; without, they are the moments, as in batch_norm's evaluation.
+    batch; without, they are the moments, as in batch_norm's evaluation. With `skip_nonfinite` an infinite or NaN moment
+    moves no running statistics, of any channel.
     """
     name = "instance_norm"
+    call = None
+    if type(momentum) is float and skip_nonfinite is False:
+        call = name, input, weight, bias, residual, running_mean, running_var, use_input_stats, eps, act
+        known = direct.run(call, momentum if use_input_stats else None)
+        if known is not None:
+            return known
+    check_flag(name, "skip_nonfinite", skip_nonfinite)
     check_flag(name, "use_input_stats", use_input_stats)
     momentum = check_float(name, "momentum", momentum)
     check_input(name, input, 0)
@@ -306,23 +354,21 @@ def instance_norm(
         return _empty(input, weight, bias, residual)
     if not use_input_stats:
         dense, found = _fit(input, problem.batch, activation, eps, True)
-        return _normalize(input, dense, found, weight, bias, residual, mean, var)[0]
+        return _normalize(input, dense, found, weight, bias, residual, mean, var, call=call)[0]
     dense, found = _fit(input, problem.instance, activation, eps)
     tracked = running_mean is not None
-    y, instance_mean, instance_var = _normalize(input, dense, found, weight, bias, residual, save=tracked)
+    # The moments lie in memory as samples and channels do.
+    order = problem.memory_order(dense.shape, dense.stride())
+    swapped = order.index(1) < order.index(0)
+    if tracked and swapped:
+        call = None
+    y, instance_mean, instance_var = _normalize(input, dense, found, weight, bias, residual, save=tracked, call=call)
     if running_mean is not None and running_var is not None:
-        # The moments lie in memory as samples and channels do.
-        order = problem.memory_order(dense.shape, dense.stride())
-        samples = int(order.index(1) < order.index(0))
-        sizes = (channels, batch) if samples else (batch, channels)
-        _update_running(
-            running_mean,
-            running_var,
-            instance_mean.view(sizes).mean(samples),
-            instance_var.view(sizes).mean(samples),
-            numel // (batch * channels),
-            momentum,
-        )
+        if swapped:
+            instance_mean, instance_var = (m.view(channels, batch).t().reshape(-1) for m in (instance_mean, instance_var))
+        only = _all_finite(instance_mean, instance_var) if skip_nonfinite else None
+        count = numel // (batch * channels)
+        running.update(running_mean, running_var, instance_mean, instance_var, count, momentum, only)
     return y
 
 
@@ -337,7 +383,7 @@ def add_layer_norm(
     """layer_norm of input + residual, and that sum."""
     total = _sum("add_layer_norm", input, residual)
     eps = check_float("add_layer_norm", "eps", eps)
-    y = _layer_norm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, None, second=False)
+    y = _layer_norm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, None, False)
     return y, total
 
 

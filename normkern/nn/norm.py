@@ -1,7 +1,9 @@
 """norm.py: torch.nn's norm layers with another forward.
 
 They are subclasses: state dicts, isinstance tests, weight-decay groups and SyncBatchNorm's conversion go on working.
-`act` is applied after the norm, and forward takes a `residual` that is added before it; both are optional.
+`act` is applied after the norm, and forward takes a `residual` that is added before it; both are optional. Layers with
+running statistics take `skip_nonfinite`: a batch with an infinite or NaN moment leaves the statistics alone, and is not
+counted.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from normkern import functional as F
-from normkern.checks import check_act
+from normkern.checks import check_act, check_flag
 
 
 class _WithAct(torch.nn.Module):
@@ -35,31 +37,40 @@ class _WithAct(torch.nn.Module):
         self.__dict__.setdefault("act", None)
 
 
-class _BatchNorm(_WithAct, torch.nn.modules.batchnorm._BatchNorm):
+class _WithStatistics(_WithAct):
+    """What layers with running statistics add: a keyword `skip_nonfinite`."""
+
+    skip_nonfinite = False  # of layers that were pickled or converted without it
+
+    def __init__(self, *args: Any, skip_nonfinite: bool = False, **kwargs: Any) -> None:
+        check_flag(type(self).__name__, "skip_nonfinite", skip_nonfinite)
+        super().__init__(*args, **kwargs)
+        self.skip_nonfinite = skip_nonfinite
+
+    def extra_repr(self) -> str:
+        rest = super().extra_repr()
+        return f"{rest}, skip_nonfinite=True" if self.skip_nonfinite else rest
+
+
+class _BatchNorm(_WithStatistics, torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        tracking = self.training and self.track_running_stats
-        batches = self.num_batches_tracked if tracking else None
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and batches is not None:
-            # A tensor, so that the count stays on its device: the cumulative average of batches so far.
-            momentum = 1.0 / (batches + 1).double()
-        keep = not self.training or self.track_running_stats
-        y = F.batch_norm(
+        training, tracked = self.training, self.track_running_stats
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm_counted(
             input,
-            self.running_mean if keep else None,
-            self.running_var if keep else None,
+            mean if tracked or not training else None,
+            var if tracked or not training else None,
             self.weight,
             self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,  # type: ignore[arg-type]
+            training or (mean is None and var is None),
+            self.momentum if self.momentum is not None or (training and tracked) else 0.0,
             self.eps,
-            residual=residual,
-            act=self.act,
+            residual,
+            self.act,
+            self.skip_nonfinite,
+            self.num_batches_tracked if training and tracked else None,
         )
-        if batches is not None:  # counted last: a call that fails is no batch
-            batches.add_(1)
-        return y
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -97,7 +108,7 @@ class RMSNorm(_WithAct, torch.nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, residual=residual, act=self.act)
 
 
-class _InstanceNorm(_WithAct, torch.nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(_WithStatistics, torch.nn.modules.instancenorm._InstanceNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         unbatched = input.dim() == self._get_no_batch_dim()  # type: ignore[no-untyped-call]
@@ -116,6 +127,7 @@ class _InstanceNorm(_WithAct, torch.nn.modules.instancenorm._InstanceNorm):
             self.eps,
             residual=residual,
             act=self.act,
+            skip_nonfinite=self.skip_nonfinite,
         )
         return y.squeeze(0) if unbatched else y
 

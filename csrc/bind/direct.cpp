@@ -1,0 +1,537 @@
+// direct.cpp: small calls on the CPU, from Python objects to the kernel, past torch's dispatcher.
+//
+// A call of a microsecond's work spends ten in checks and in the dispatcher. So a call that Python has checked once is
+// remembered by everything the checks look at: sizes, strides, dtypes and options. The next one like it is recognized
+// here and runs at once. Tensors are seen through DLPack's exchange table, so nothing of torch is known; whatever is
+// out of the ordinary (another device, a subclass, a view with a pending negation) is not recognized, and Python
+// goes its usual way. normkern/direct.py decides when coming here is lawful at all.
+#include "direct.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <unordered_map>
+
+#include "../cpu/entry.h"
+#include "dlpack.h"
+
+namespace normkern::bind {
+namespace {
+
+constexpr int64_t kMostElements = 1 << 14;  // one thread does these on the general path too, so the bits are the same
+constexpr int32_t kMostDims = 8;
+constexpr size_t kMostCalls = 4096;
+
+// What Python lends, once.
+struct {
+  PyObject *tensor = nullptr, *parameter = nullptr;  // types: these two exactly, no other subclass
+  PyObject* empty_like = nullptr;
+  PyObject* is_neg = nullptr;
+  const DlExchange* exchange = nullptr;
+} torch_side;
+
+struct Operand {
+  DlTensor t;
+  DType dtype;
+  int64_t numel;
+};
+
+std::optional<DType> dtype_of(const DlTensor& t) {
+  if (t.lanes != 1) return std::nullopt;
+  if (t.code == kDlFloat && t.bits == 32) return DType::f32;
+  if (t.code == kDlFloat && t.bits == 64) return DType::f64;
+  if (t.code == kDlFloat && t.bits == 16) return DType::f16;
+  if (t.code == kDlBfloat && t.bits == 16) return DType::bf16;
+  return std::nullopt;
+}
+
+// False, with no exception set, for everything that is no plain tensor in memory.
+bool look(PyObject* object, Operand& o) {
+  PyTypeObject* type = Py_TYPE(object);
+  if (type != reinterpret_cast<PyTypeObject*>(torch_side.tensor) &&
+      type != reinterpret_cast<PyTypeObject*>(torch_side.parameter))
+    return false;
+  if (torch_side.exchange->view_object(object, &o.t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const auto dtype = dtype_of(o.t);
+  if (o.t.device_type != kDlCpu || !dtype || !o.t.data || o.t.ndim > kMostDims) return false;
+  o.dtype = *dtype;
+  o.numel = 1;
+  for (int32_t i = 0; i < o.t.ndim; ++i) o.numel *= o.t.shape[i];
+  if (o.numel == 0 || o.numel > kMostElements) return false;
+  PyObject* negated = PyObject_CallOneArg(torch_side.is_neg, object);
+  if (!negated) PyErr_Clear();
+  Py_XDECREF(negated);
+  return negated == Py_False;
+}
+
+void* data(const Operand& o) { return static_cast<char*>(o.t.data) + o.t.byte_offset; }
+
+bool contiguous(const Operand& o) {
+  int64_t expected = 1;
+  for (int32_t i = o.t.ndim - 1; i >= 0; expected *= o.t.shape[i--])
+    if (o.t.shape[i] != 1 && o.t.strides[i] != expected) return false;
+  return true;
+}
+
+bool same_layout(const Operand& a, const Operand& b) {
+  return a.dtype == b.dtype && a.t.ndim == b.t.ndim && std::equal(a.t.shape, a.t.shape + a.t.ndim, b.t.shape) &&
+         std::equal(a.t.strides, a.t.strides + a.t.ndim, b.t.strides);
+}
+
+// ---- what identifies a call ----
+
+class Key {
+ public:
+  bool push(int64_t word) {
+    if (size_ == words_.size()) return false;
+    words_[size_++] = word;
+    return true;
+  }
+
+  bool push_shape(const Operand& o) {
+    bool ok = push(int64_t(o.dtype) << 8 | o.t.ndim);
+    for (int32_t i = 0; i < o.t.ndim && ok; ++i) ok = push(o.t.shape[i]);
+    return ok;
+  }
+
+  bool push_strides(const Operand& o) {
+    bool ok = true;
+    for (int32_t i = 0; i < o.t.ndim && ok; ++i) ok = push(o.t.strides[i]);
+    return ok;
+  }
+
+  // Types are told apart: True, 1 and 1.0 are equal to Python but not to the checks.
+  bool push_option(PyObject* option) {
+    if (option == Py_None) return push(kNone);
+    if (PyBool_Check(option)) return push(option == Py_True ? kTrue : kFalse);
+    if (PyLong_CheckExact(option)) return push(kInt) && push_int(option);
+    if (PyFloat_CheckExact(option)) {
+      int64_t bits = 0;
+      const double value = PyFloat_AS_DOUBLE(option);
+      std::memcpy(&bits, &value, sizeof bits);
+      return push(kFloat) && push(bits);
+    }
+    if (PyUnicode_Check(option)) {
+      Py_ssize_t length = 0;
+      const char* text = PyUnicode_AsUTF8AndSize(option, &length);
+      int64_t words[2] = {};
+      if (!text) PyErr_Clear();
+      if (!text || length > Py_ssize_t(sizeof words)) return false;
+      std::memcpy(words, text, size_t(length));
+      return push(kText) && push(words[0]) && push(words[1]);
+    }
+    const bool tuple = PyTuple_Check(option);
+    if (!tuple && !PyList_Check(option)) return false;
+    const Py_ssize_t count = tuple ? PyTuple_GET_SIZE(option) : PyList_GET_SIZE(option);
+    bool ok = push(kSequence) && push(count);
+    for (Py_ssize_t i = 0; i < count && ok; ++i) {
+      PyObject* item = tuple ? PyTuple_GET_ITEM(option, i) : PyList_GET_ITEM(option, i);
+      ok = PyLong_CheckExact(item) && push_int(item);
+    }
+    return ok;
+  }
+
+  bool operator==(const Key& other) const {
+    return size_ == other.size_ && std::equal(words_.begin(), words_.begin() + size_, other.words_.begin());
+  }
+
+  size_t hash() const {
+    uint64_t h = size_;
+    for (size_t i = 0; i < size_; ++i) h = (h ^ uint64_t(words_[i])) * 0x9e3779b97f4a7c15u, h ^= h >> 29;
+    return h;
+  }
+
+ private:
+  enum Tag : int64_t { kNone, kTrue, kFalse, kInt, kFloat, kText, kSequence };
+
+  bool push_int(PyObject* value) {
+    int overflow = 0;
+    const int64_t word = PyLong_AsLongLongAndOverflow(value, &overflow);
+    return overflow == 0 && push(word);
+  }
+
+  std::array<int64_t, 56> words_;
+  size_t size_ = 0;
+};
+
+struct HashOfKey {
+  size_t operator()(const Key& key) const { return key.hash(); }
+};
+
+// Positions in the argument lists of `recall`, `remember` and the two passes.
+enum Slot { kX, kWeight, kBias, kResidual, kMean, kVar, kSlots };
+
+// `arguments`: the name of the norm, the six tensors or None, then options. False: a call that is not for this file.
+bool key_of(PyObject* const* arguments, Py_ssize_t count, Key& key) {
+  Operand x, other;
+  PyObject* const* tensors = arguments + 1;
+  if (count <= kSlots || !look(tensors[kX], x)) return false;
+  if (!key.push_option(arguments[0]) || !key.push_shape(x) || !key.push_strides(x)) return false;
+  for (int slot = kWeight; slot < kSlots; ++slot) {
+    if (tensors[slot] == Py_None) {
+      if (!key.push(-1)) return false;
+      continue;
+    }
+    if (!look(tensors[slot], other)) return false;
+    const bool fits = slot == kResidual ? same_layout(other, x) : contiguous(other);
+    if (!fits || !key.push_shape(other)) return false;
+  }
+  for (Py_ssize_t i = 1 + kSlots; i < count; ++i)
+    if (!key.push_option(arguments[i])) return false;
+  return true;
+}
+
+// ---- a call that was checked ----
+
+struct Known {
+  PyObject_HEAD
+  PyObject* problem;  // the same as normkern.problem.Problem
+  PyObject* groups;   // moments that a backward pass needs, as a number of float64
+  Problem p;
+  int32_t ndim;
+  int64_t shape[kMostDims], strides[kMostDims];  // of x
+};
+
+// The operands of one pass. They fit by the key that found the call, but nothing keeps Python from passing others.
+class Operands {
+ public:
+  explicit Operands(const Known& known) : known_(known) {}
+
+  // A tensor that is laid out as x was.
+  const Operand* buffer(PyObject* object, const char* name) {
+    Operand* o = take(object, name);
+    if (!o) return nullptr;
+    const bool fits = o->dtype == known_.p.dtype && o->t.ndim == known_.ndim &&
+                      std::equal(known_.shape, known_.shape + known_.ndim, o->t.shape) &&
+                      std::equal(known_.strides, known_.strides + known_.ndim, o->t.strides);
+    return fits ? o : fail(name);
+  }
+
+  void* data_of_buffer(PyObject* object, const char* name) {
+    const Operand* o = object == Py_None ? nullptr : buffer(object, name);
+    return o ? data(*o) : nullptr;
+  }
+
+  const Operand* vector(PyObject* object, const char* name, int64_t count) {
+    Operand* o = take(object, name);
+    if (!o) return nullptr;
+    return o->numel == count && contiguous(*o) ? o : fail(name);
+  }
+
+  Param param(PyObject* object, const char* name, int64_t count) {
+    if (object == Py_None) return {};
+    const Operand* o = vector(object, name, count);
+    return o ? Param{data(*o), o->dtype} : Param{};
+  }
+
+  double* moments(PyObject* object, int64_t count) {
+    const Operand* o = vector(object, "moments", count);
+    if (!o) return nullptr;
+    if (o->dtype != DType::f64) return fail("moments"), nullptr;
+    return static_cast<double*>(data(*o));
+  }
+
+  bool failed() const { return failed_; }
+
+ private:
+  Operand* take(PyObject* object, const char* name) {
+    if (look(object, operands_[used_])) return &operands_[used_++];
+    return fail(name);
+  }
+
+  Operand* fail(const char* name) {
+    if (!failed_) PyErr_Format(PyExc_ValueError, "normkern: %s does not fit the call that was remembered", name);
+    failed_ = true;
+    return nullptr;
+  }
+
+  const Known& known_;
+  std::array<Operand, 12> operands_;
+  size_t used_ = 0;
+  bool failed_ = false;
+};
+
+PyObject* new_like(PyObject* tensor) { return PyObject_CallOneArg(torch_side.empty_like, tensor); }
+
+bool arity(const char* name, Py_ssize_t got, Py_ssize_t wanted) {
+  if (got == wanted) return true;
+  PyErr_Format(PyExc_TypeError, "%s takes %zd arguments; got %zd", name, wanted, got);
+  return false;
+}
+
+int64_t moments_count(const Problem& p) {
+  if (p.moments == Moments::given) return 0;
+  return p.stats.groups() * (p.moments == Moments::mean_var ? 2 : 1);
+}
+
+// forward(x, weight, bias, residual, mean, var, moments, momentum) -> y
+//
+// `mean` and `var` are the moments where they are given, and otherwise running statistics to be moved by `momentum`.
+// `moments`, if not None, receives the means, where there are any, and then the variances.
+PyObject* forward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
+  const Known& known = *reinterpret_cast<Known*>(self);
+  const Problem& p = known.p;
+  if (!arity("forward", count, kSlots + 2)) return nullptr;
+  Operands operands(known);
+  ForwardArgs a;
+  a.x = operands.data_of_buffer(in[kX], "x");
+  a.weight = operands.param(in[kWeight], "weight", p.affine.groups());
+  a.bias = operands.param(in[kBias], "bias", p.affine.groups());
+  a.residual = operands.data_of_buffer(in[kResidual], "residual");
+  const bool given = p.moments == Moments::given, moves = !given && in[kMean] != Py_None;
+  RunningArgs r;
+  if (moves) {
+    r.channels = p.affine.groups();
+    r.batch = p.stats.groups() / r.channels;
+    const Param mean = operands.param(in[kMean], "mean", r.channels), var = operands.param(in[kVar], "var", r.channels);
+    r.mean = {const_cast<void*>(mean.data), mean.dtype};
+    r.var = {const_cast<void*>(var.data), var.dtype};
+    r.count = double(p.stats.count());
+    r.momentum = PyFloat_AsDouble(in[kSlots + 1]);
+    if (!operands.failed() && (PyErr_Occurred() || !r.var.data || r.count < 2 || p.moments != Moments::mean_var))
+      return PyErr_Occurred() ? nullptr : (PyErr_SetString(PyExc_ValueError, "normkern: nothing to move"), nullptr);
+  } else if (given) {
+    a.mean = operands.param(in[kMean], "mean", p.stats.groups());
+    a.var = operands.param(in[kVar], "var", p.stats.groups());
+    if (!operands.failed() && (!a.mean.data || !a.var.data)) {
+      PyErr_SetString(PyExc_ValueError, "normkern: given moments need mean and var");
+      return nullptr;
+    }
+  }
+  std::unique_ptr<double[]> own;
+  double* moments = nullptr;
+  if (in[kSlots] != Py_None) {
+    moments = operands.moments(in[kSlots], moments_count(p));
+  } else if (moves) {
+    own.reset(new double[size_t(moments_count(p))]);
+    moments = own.get();
+  }
+  if (operands.failed() || !a.x) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_ValueError, "normkern: no x");
+  if (moments) {
+    a.mean_out = p.moments == Moments::mean_var ? moments : nullptr;
+    a.var_out = p.moments == Moments::mean_var ? moments + p.stats.groups() : moments;
+  }
+  PyObject* y = new_like(in[kX]);
+  if (!y) return nullptr;
+  a.y = operands.data_of_buffer(y, "y");
+  if (!a.y) return Py_DECREF(y), nullptr;
+  cpu::forward(p, a, {});
+  if (moves) {
+    r.batch_mean = a.mean_out;
+    r.batch_var = a.var_out;
+    cpu::update_running(r);
+  }
+  return y;
+}
+
+// backward(dy, x, weight, bias, residual, mean, var, moments, needs) -> (dx, dweight, dbias, dresidual), None where not
+// needed; None alone where an operand does not fit (dy laid out otherwise, or a saved tensor that a hook has changed).
+// Moments are `moments` of forward, or `mean` and `var` as given.
+PyObject* backward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
+  const Known& known = *reinterpret_cast<Known*>(self);
+  const Problem& p = known.p;
+  if (!arity("backward", count, kSlots + 3)) return nullptr;
+  PyObject* const* tensors = in + 1;
+  const long needs = PyLong_AsLong(in[kSlots + 2]);
+  if (needs == -1 && PyErr_Occurred()) return nullptr;
+  Operands operands(known);
+  const auto unfit = [] {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  };
+  BackwardArgs a;
+  a.dy = operands.data_of_buffer(in[0], "dy");
+  a.x = operands.data_of_buffer(tensors[kX], "x");
+  a.weight = operands.param(tensors[kWeight], "weight", p.affine.groups());
+  a.bias = operands.param(tensors[kBias], "bias", p.affine.groups());
+  a.residual = operands.data_of_buffer(tensors[kResidual], "residual");
+  if (p.moments == Moments::given) {
+    a.mean = operands.param(tensors[kMean], "mean", p.stats.groups());
+    a.var = operands.param(tensors[kVar], "var", p.stats.groups());
+  } else if (const double* moments = operands.moments(in[kSlots + 1], moments_count(p))) {
+    if (p.moments == Moments::mean_var) a.mean = {moments, DType::f64};
+    a.var = {p.moments == Moments::mean_var ? moments + p.stats.groups() : moments, DType::f64};
+  }
+  if (operands.failed() || !a.dy || !a.x || !a.var.data || (!a.mean.data && p.moments != Moments::second))
+    return unfit();
+  PyObject* const like[] = {tensors[kX], tensors[kWeight], tensors[kBias], tensors[kX]};
+  Operand made[4];
+  void* out[4] = {};
+  PyObject* result = PyTuple_New(4);
+  for (int i = 0; result && i < 4; ++i) {
+    PyObject* gradient = Py_None;
+    if (needs >> i & 1 && like[i] != Py_None) {
+      gradient = new_like(like[i]);
+      if (!gradient) return Py_DECREF(result), nullptr;
+      if (!look(gradient, made[i])) return Py_DECREF(gradient), Py_DECREF(result), unfit();
+      out[i] = data(made[i]);
+    } else {
+      Py_INCREF(gradient);
+    }
+    PyTuple_SET_ITEM(result, i, gradient);
+  }
+  if (!result) return nullptr;
+  a.dx = out[0];
+  a.dweight = {out[1], a.weight.dtype};
+  a.dbias = {out[2], a.bias.dtype};
+  a.dresidual = out[3];
+  cpu::backward(p, a, {});
+  return result;
+}
+
+PyObject* problem_of(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<Known*>(self)->problem); }
+
+PyObject* strides_of(PyObject* self, void*) {
+  const Known& known = *reinterpret_cast<Known*>(self);
+  PyObject* strides = PyTuple_New(known.ndim);
+  for (int32_t i = 0; strides && i < known.ndim; ++i)
+    PyTuple_SET_ITEM(strides, i, PyLong_FromLongLong(known.strides[i]));
+  return strides;
+}
+
+PyObject* moments_size(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<Known*>(self)->groups); }
+
+void release(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  Py_XDECREF(reinterpret_cast<Known*>(self)->problem);
+  Py_XDECREF(reinterpret_cast<Known*>(self)->groups);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMethodDef known_methods[] = {
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL,
+     "forward(x, weight, bias, residual, mean, var, moments, momentum) -> y"},
+    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL,
+     "backward(dy, x, weight, bias, residual, mean, var, moments, needs) -> (dx, dweight, dbias, dresidual)"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyGetSetDef known_attributes[] = {
+    {"problem", problem_of, nullptr, "The problem, as Python knows it.", nullptr},
+    {"strides", strides_of, nullptr, "The strides of x.", nullptr},
+    {"moments_size", moments_size, nullptr, "The float64 numbers that forward leaves for backward.", nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+PyType_Slot known_slots[] = {
+    {Py_tp_dealloc, reinterpret_cast<void*>(release)},
+    {Py_tp_methods, known_methods},
+    {Py_tp_getset, known_attributes},
+    {0, nullptr},
+};
+
+PyType_Spec known_spec = {"normkern._host.Known", sizeof(Known), 0,
+                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, known_slots};
+PyTypeObject* known_type = nullptr;
+
+using Table = std::unordered_map<Key, PyObject*, HashOfKey>;
+
+Table& table() {
+  static auto* calls = new Table;  // never destroyed: at exit the interpreter is gone before it would be
+  return *calls;
+}
+
+void forget_all() {
+  Table old;
+  old.swap(table());
+  for (auto& [key, known] : old) Py_DECREF(known);
+}
+
+// ---- the module's functions ----
+
+PyObject* set_up(PyObject*, PyObject* args) {
+  PyObject *tensor, *parameter, *empty_like, *is_neg;
+  if (!PyArg_ParseTuple(args, "OOOO", &tensor, &parameter, &empty_like, &is_neg)) return nullptr;
+  if (!PyType_Check(tensor) || !PyType_Check(parameter)) {
+    PyErr_SetString(PyExc_TypeError, "set_up: the first two arguments must be types");
+    return nullptr;
+  }
+  PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
+  const auto* exchange =
+      capsule ? static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api")) : nullptr;
+  Py_XDECREF(capsule);  // the table itself lives as long as the process
+  PyErr_Clear();
+  if (!exchange || exchange->major != kDlMajor || !exchange->view_object) Py_RETURN_FALSE;
+  for (PyObject* lent : {tensor, parameter, empty_like, is_neg}) Py_INCREF(lent);
+  torch_side = {tensor, parameter, empty_like, is_neg, exchange};
+  Py_RETURN_TRUE;
+}
+
+PyObject* recall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  Key key;
+  if (!torch_side.exchange || !key_of(arguments, count, key)) Py_RETURN_NONE;
+  const auto found = table().find(key);
+  if (found == table().end()) Py_RETURN_NONE;
+  return Py_NewRef(found->second);
+}
+
+PyObject* remember(PyObject*, PyObject* args) {
+  PyObject *call, *problem;
+  long long s[4], w[4];
+  int moments, act;
+  double eps;
+  if (!PyArg_ParseTuple(args, "O!O(LLLL)(LLLL)iid", &PyTuple_Type, &call, &problem, &s[0], &s[1], &s[2], &s[3], &w[0],
+                        &w[1], &w[2], &w[3], &moments, &act, &eps))
+    return nullptr;
+  Key key;
+  Operand x;
+  PyObject* const* arguments = &PyTuple_GET_ITEM(call, 0);
+  if (!torch_side.exchange || !key_of(arguments, PyTuple_GET_SIZE(call), key) || !look(arguments[1], x))
+    Py_RETURN_FALSE;
+  const Problem p = {{s[0], s[1], s[2], s[3]}, {w[0], w[1], w[2], w[3]}, Moments(moments), Act(act), x.dtype, eps};
+  for (const Domain& d : {p.stats, p.affine}) {
+    if (d.batch < 1 || d.rows < 1 || d.keep < 1 || d.cols < 1 || d.numel() != x.numel || moments < 0 || act < 0 ||
+        p.moments > Moments::given || p.act > Act::leaky_relu) {
+      PyErr_SetString(PyExc_ValueError, "remember: the problem does not cover x");
+      return nullptr;
+    }
+  }
+  auto* known = reinterpret_cast<Known*>(known_type->tp_alloc(known_type, 0));
+  if (!known) return nullptr;
+  known->problem = Py_NewRef(problem);
+  known->groups = PyLong_FromLongLong(moments_count(p));
+  known->p = p;
+  known->ndim = x.t.ndim;
+  std::copy_n(x.t.shape, x.t.ndim, known->shape);
+  std::copy_n(x.t.strides, x.t.ndim, known->strides);
+  if (table().size() >= kMostCalls) forget_all();
+  PyObject*& place = table()[key];
+  Py_XDECREF(place);
+  place = reinterpret_cast<PyObject*>(known);
+  Py_RETURN_TRUE;
+}
+
+PyObject* forget(PyObject*, PyObject*) {
+  forget_all();
+  Py_RETURN_NONE;
+}
+
+PyObject* count_known(PyObject*, PyObject*) { return PyLong_FromSize_t(table().size()); }
+
+PyMethodDef functions[] = {
+    {"set_up", set_up, METH_VARARGS,
+     "set_up(Tensor, Parameter, empty_like, is_neg): what calls are recognized by; False if that cannot be."},
+    {"recall", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recall)), METH_FASTCALL,
+     "recall(name, x, weight, bias, residual, mean, var, *options) -> Known or None"},
+    {"remember", remember, METH_VARARGS,
+     "remember(arguments of recall, problem, stats, affine, moments, act, eps): False for a call that is never known."},
+    {"forget", forget, METH_NOARGS, "Forget all calls."},
+    {"known", count_known, METH_NOARGS, "How many calls are remembered."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+int add_direct(PyObject* module) {
+  known_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&known_spec));
+  if (!known_type) return -1;
+  return PyModule_AddFunctions(module, functions);
+}
+
+}  // namespace normkern::bind

@@ -1,0 +1,56 @@
+"""running.py: running statistics: how they move, and how to keep them from moving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkern.backends import select
+from normkern.backends.native import Native
+
+
+def update(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | Tensor,
+    only: Tensor | None = None,
+) -> None:
+    """running = (1 - momentum) * running + momentum * moment, in float64, rounded to the running tensor's dtype.
+
+    mean and var, float64 [batches * channels], are the biased moments of `count` elements each; of several batches the
+    average counts, and the variance is made unbiased. With `only`, a bool tensor of size 1, nothing moves where it is
+    False: no one waits for its value. None of these tensors requires gradients.
+    """
+    if (
+        only is None
+        and not isinstance(momentum, Tensor)
+        and running_mean.is_contiguous()
+        and running_var.is_contiguous()
+        and not torch._C._are_functorch_transforms_active()
+    ):
+        backend = select(running_mean)
+        if isinstance(backend, Native) and backend.update_running(
+            running_mean, running_var, mean, var, count, momentum
+        ):
+            return
+    channels = running_mean.shape[0]
+    if mean.shape[0] != channels:
+        mean, var = mean.view(-1, channels).mean(0), var.view(-1, channels).mean(0)
+    # Both or neither: what can fail comes before the first write.
+    next_mean = _moved(running_mean, mean, momentum, only)
+    next_var = _moved(running_var, var * (count / (count - 1)), momentum, only)
+    running_mean.copy_(next_mean)
+    running_var.copy_(next_var)
+
+
+def _moved(running: Tensor, value: Tensor, momentum: float | Tensor, only: Tensor | None) -> Tensor:
+    wide = running.to(value.dtype)
+    moved = value * momentum + wide * (1 - momentum)
+    return moved if only is None else torch.where(only, moved, wide)
