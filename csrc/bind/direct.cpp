@@ -27,8 +27,10 @@ constexpr size_t kMostCalls = 4096;
 // What Python lends, once.
 struct {
   PyObject *tensor = nullptr, *parameter = nullptr;  // types: these two exactly, no other subclass
-  PyObject* empty_like = nullptr;
-  PyObject* is_neg = nullptr;
+  PyObject *empty_like = nullptr, *is_neg = nullptr, *is_grad_enabled = nullptr;
+  PyObject* watchers = nullptr;  // a tuple of functions, each of which says whether something looks at this call
+  PyObject* allowed = nullptr;   // whether this backend runs a call on that tensor
+  PyObject* apply = nullptr;     // of the autograd.Function that wraps `forward` below
   const DlExchange* exchange = nullptr;
 } torch_side;
 
@@ -62,11 +64,15 @@ bool look(PyObject* object, Operand& o) {
   o.dtype = *dtype;
   o.numel = 1;
   for (int32_t i = 0; i < o.t.ndim; ++i) o.numel *= o.t.shape[i];
-  if (o.numel == 0 || o.numel > kMostElements) return false;
-  PyObject* negated = PyObject_CallOneArg(torch_side.is_neg, object);
-  if (!negated) PyErr_Clear();
-  Py_XDECREF(negated);
-  return negated == Py_False;
+  return o.numel > 0 && o.numel <= kMostElements;
+}
+
+// A view that stands for the negative of its memory, which DLPack does not show.
+bool negated(PyObject* object) {
+  PyObject* answer = PyObject_CallOneArg(torch_side.is_neg, object);
+  if (!answer) PyErr_Clear();
+  Py_XDECREF(answer);
+  return answer != Py_False;
 }
 
 void* data(const Operand& o) { return static_cast<char*>(o.t.data) + o.t.byte_offset; }
@@ -163,21 +169,21 @@ struct HashOfKey {
   size_t operator()(const Key& key) const { return key.hash(); }
 };
 
-// Positions in the argument lists of `recall`, `remember` and the two passes.
+// Positions of the tensors in a call and in the argument lists of the two passes.
 enum Slot { kX, kWeight, kBias, kResidual, kMean, kVar, kSlots };
 
 // `arguments`: the name of the norm, the six tensors or None, then options. False: a call that is not for this file.
 bool key_of(PyObject* const* arguments, Py_ssize_t count, Key& key) {
   Operand x, other;
   PyObject* const* tensors = arguments + 1;
-  if (count <= kSlots || !look(tensors[kX], x)) return false;
+  if (count <= kSlots || !look(tensors[kX], x) || negated(tensors[kX])) return false;
   if (!key.push_option(arguments[0]) || !key.push_shape(x) || !key.push_strides(x)) return false;
   for (int slot = kWeight; slot < kSlots; ++slot) {
     if (tensors[slot] == Py_None) {
       if (!key.push(-1)) return false;
       continue;
     }
-    if (!look(tensors[slot], other)) return false;
+    if (!look(tensors[slot], other) || negated(tensors[slot])) return false;
     const bool fits = slot == kResidual ? same_layout(other, x) : contiguous(other);
     if (!fits || !key.push_shape(other)) return false;
   }
@@ -191,7 +197,6 @@ bool key_of(PyObject* const* arguments, Py_ssize_t count, Key& key) {
 struct Known {
   PyObject_HEAD
   PyObject* problem;  // the same as normkern.problem.Problem
-  PyObject* groups;   // moments that a backward pass needs, as a number of float64
   Problem p;
   int32_t ndim;
   int64_t shape[kMostDims], strides[kMostDims];  // of x
@@ -229,11 +234,11 @@ class Operands {
     return o ? Param{data(*o), o->dtype} : Param{};
   }
 
+  // Memory for the moments of forward: a bytearray, since a tensor costs as much as the rest of the call.
   double* moments(PyObject* object, int64_t count) {
-    const Operand* o = vector(object, "moments", count);
-    if (!o) return nullptr;
-    if (o->dtype != DType::f64) return fail("moments"), nullptr;
-    return static_cast<double*>(data(*o));
+    if (PyByteArray_Check(object) && PyByteArray_GET_SIZE(object) == count * Py_ssize_t(sizeof(double)))
+      return reinterpret_cast<double*>(PyByteArray_AS_STRING(object));
+    return fail("moments"), nullptr;
   }
 
   bool failed() const { return failed_; }
@@ -272,7 +277,7 @@ int64_t moments_count(const Problem& p) {
 // forward(x, weight, bias, residual, mean, var, moments, momentum) -> y
 //
 // `mean` and `var` are the moments where they are given, and otherwise running statistics to be moved by `momentum`.
-// `moments`, if not None, receives the means, where there are any, and then the variances.
+// `moments`, None or a bytearray, receives the means, where there are any, and then the variances.
 PyObject* forward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
   const Known& known = *reinterpret_cast<Known*>(self);
   const Problem& p = known.p;
@@ -357,7 +362,7 @@ PyObject* backward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
     if (p.moments == Moments::mean_var) a.mean = {moments, DType::f64};
     a.var = {p.moments == Moments::mean_var ? moments + p.stats.groups() : moments, DType::f64};
   }
-  if (operands.failed() || !a.dy || !a.x || !a.var.data || (!a.mean.data && p.moments != Moments::second))
+  if (operands.failed() || !a.dy || negated(in[0]) || !a.x || !a.var.data || (!a.mean.data && p.moments != Moments::second))
     return unfit();
   PyObject* const like[] = {tensors[kX], tensors[kWeight], tensors[kBias], tensors[kX]};
   Operand made[4];
@@ -394,12 +399,9 @@ PyObject* strides_of(PyObject* self, void*) {
   return strides;
 }
 
-PyObject* moments_size(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<Known*>(self)->groups); }
-
 void release(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
   Py_XDECREF(reinterpret_cast<Known*>(self)->problem);
-  Py_XDECREF(reinterpret_cast<Known*>(self)->groups);
   type->tp_free(self);
   Py_DECREF(type);
 }
@@ -415,7 +417,6 @@ PyMethodDef known_methods[] = {
 PyGetSetDef known_attributes[] = {
     {"problem", problem_of, nullptr, "The problem, as Python knows it.", nullptr},
     {"strides", strides_of, nullptr, "The strides of x.", nullptr},
-    {"moments_size", moments_size, nullptr, "The float64 numbers that forward leaves for backward.", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
@@ -446,8 +447,10 @@ void forget_all() {
 // ---- the module's functions ----
 
 PyObject* set_up(PyObject*, PyObject* args) {
-  PyObject *tensor, *parameter, *empty_like, *is_neg;
-  if (!PyArg_ParseTuple(args, "OOOO", &tensor, &parameter, &empty_like, &is_neg)) return nullptr;
+  PyObject *tensor, *parameter, *empty_like, *is_neg, *is_grad_enabled, *watchers, *allowed, *apply;
+  if (!PyArg_ParseTuple(args, "OOOOOO!OO", &tensor, &parameter, &empty_like, &is_neg, &is_grad_enabled, &PyTuple_Type,
+                        &watchers, &allowed, &apply))
+    return nullptr;
   if (!PyType_Check(tensor) || !PyType_Check(parameter)) {
     PyErr_SetString(PyExc_TypeError, "set_up: the first two arguments must be types");
     return nullptr;
@@ -458,17 +461,108 @@ PyObject* set_up(PyObject*, PyObject* args) {
   Py_XDECREF(capsule);  // the table itself lives as long as the process
   PyErr_Clear();
   if (!exchange || exchange->major != kDlMajor || !exchange->view_object) Py_RETURN_FALSE;
-  for (PyObject* lent : {tensor, parameter, empty_like, is_neg}) Py_INCREF(lent);
-  torch_side = {tensor, parameter, empty_like, is_neg, exchange};
+  for (PyObject* lent : {tensor, parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply})
+    Py_INCREF(lent);
+  torch_side = {tensor, parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply, exchange};
   Py_RETURN_TRUE;
 }
 
-PyObject* recall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+// What a function of no arguments answers as true or false; -1 with an exception set.
+int answer(PyObject* function) {
+  PyObject* said = PyObject_CallNoArgs(function);
+  const int truth = said ? PyObject_IsTrue(said) : -1;
+  Py_XDECREF(said);
+  return truth;
+}
+
+int requires_grad(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+  if (tensor == Py_None) return 0;
+  PyObject* said = PyObject_GetAttr(tensor, name);
+  const int truth = said ? PyObject_IsTrue(said) : -1;
+  Py_XDECREF(said);
+  return truth;
+}
+
+// Whether nothing stands against running a recognized call here; -1 with an exception set.
+int lawful(PyObject* const* tensors) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch_side.watchers); ++i) {
+    const int watched = answer(PyTuple_GET_ITEM(torch_side.watchers, i));
+    if (watched != 0) return watched < 0 ? -1 : 0;
+  }
+  for (int slot : {kMean, kVar}) {
+    const int learned = requires_grad(tensors[slot]);
+    if (learned != 0) return learned < 0 ? -1 : 0;
+  }
+  PyObject* said = PyObject_CallOneArg(torch_side.allowed, tensors[kX]);
+  const int truth = said ? PyObject_IsTrue(said) : -1;
+  Py_XDECREF(said);
+  return truth;
+}
+
+// run(call, momentum) -> y; None for a call that is not known, or not to be run here.
+PyObject* run(PyObject*, PyObject* const* in, Py_ssize_t count) {
+  if (!arity("run", count, 2)) return nullptr;
+  if (!torch_side.exchange || !PyTuple_CheckExact(in[0])) Py_RETURN_NONE;
+  PyObject* const* call = &PyTuple_GET_ITEM(in[0], 0);
   Key key;
-  if (!torch_side.exchange || !key_of(arguments, count, key)) Py_RETURN_NONE;
+  if (!key_of(call, PyTuple_GET_SIZE(in[0]), key)) Py_RETURN_NONE;
   const auto found = table().find(key);
   if (found == table().end()) Py_RETURN_NONE;
-  return Py_NewRef(found->second);
+  PyObject* const* tensors = call + 1;
+  const int may = lawful(tensors);
+  if (may < 0) return nullptr;
+  if (may == 0) Py_RETURN_NONE;
+  int graph = answer(torch_side.is_grad_enabled);
+  if (graph > 0) {
+    graph = 0;
+    for (int slot : {kX, kWeight, kBias, kResidual})
+      if (graph == 0) graph = requires_grad(tensors[slot]);
+  }
+  if (graph < 0) return nullptr;
+  PyObject* known = Py_NewRef(found->second);  // the table may change while Python runs
+  PyObject* const arguments[] = {known,           tensors[kX],    tensors[kWeight], tensors[kBias],
+                                 tensors[kResidual], tensors[kMean], tensors[kVar],    in[1]};
+  PyObject* y = nullptr;
+  if (graph) {
+    y = PyObject_Vectorcall(torch_side.apply, arguments, std::size(arguments), nullptr);
+  } else {
+    PyObject* const plain[] = {tensors[kX],    tensors[kWeight], tensors[kBias], tensors[kResidual],
+                               tensors[kMean], tensors[kVar],    Py_None,        in[1]};
+    y = forward(known, plain, std::size(plain));
+  }
+  Py_DECREF(known);
+  return y;
+}
+
+// differentiable_forward(ctx, known, x, weight, bias, residual, mean, var, momentum) -> y: what the autograd.Function
+// does. ctx gets what backward needs: tensors through save_for_backward, and `known`, the pair of Known and moments.
+PyObject* differentiable_forward(PyObject*, PyObject* const* in, Py_ssize_t count) {
+  static PyObject* const save = PyUnicode_InternFromString("save_for_backward");
+  static PyObject* const attribute = PyUnicode_InternFromString("known");
+  if (!arity("differentiable_forward", count, kSlots + 3)) return nullptr;
+  if (Py_TYPE(in[1]) != known_type) return PyErr_Format(PyExc_TypeError, "differentiable_forward: no Known");
+  const Problem& p = reinterpret_cast<Known*>(in[1])->p;
+  PyObject* const* tensors = in + 2;
+  const bool given = p.moments == Moments::given;
+  const Py_ssize_t room = moments_count(p) * Py_ssize_t(sizeof(double));
+  PyObject* moments = room ? PyByteArray_FromStringAndSize(nullptr, room) : Py_NewRef(Py_None);
+  if (!moments) return nullptr;
+  PyObject* const plain[] = {tensors[kX],    tensors[kWeight], tensors[kBias], tensors[kResidual],
+                             tensors[kMean], tensors[kVar],    moments,        in[kSlots + 2]};
+  PyObject* y = forward(in[1], plain, std::size(plain));
+  PyObject* pair = y ? PyTuple_Pack(2, in[1], moments) : nullptr;
+  Py_DECREF(moments);
+  // The backward pass sees the residual again only where an activation follows.
+  PyObject* residual = p.act == Act::none ? Py_None : tensors[kResidual];
+  PyObject* const saved[] = {in[0],    tensors[kX],    tensors[kWeight], tensors[kBias],
+                             residual, tensors[kMean], tensors[kVar]};
+  PyObject* done = pair ? PyObject_VectorcallMethod(save, saved, given ? 7 : 5, nullptr) : nullptr;
+  const bool failed = !done || PyObject_SetAttr(in[0], attribute, pair) != 0;
+  Py_XDECREF(done);
+  Py_XDECREF(pair);
+  if (failed) Py_CLEAR(y);
+  return y;
 }
 
 PyObject* remember(PyObject*, PyObject* args) {
@@ -495,7 +589,6 @@ PyObject* remember(PyObject*, PyObject* args) {
   auto* known = reinterpret_cast<Known*>(known_type->tp_alloc(known_type, 0));
   if (!known) return nullptr;
   known->problem = Py_NewRef(problem);
-  known->groups = PyLong_FromLongLong(moments_count(p));
   known->p = p;
   known->ndim = x.t.ndim;
   std::copy_n(x.t.shape, x.t.ndim, known->shape);
@@ -516,11 +609,14 @@ PyObject* count_known(PyObject*, PyObject*) { return PyLong_FromSize_t(table().s
 
 PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS,
-     "set_up(Tensor, Parameter, empty_like, is_neg): what calls are recognized by; False if that cannot be."},
-    {"recall", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recall)), METH_FASTCALL,
-     "recall(name, x, weight, bias, residual, mean, var, *options) -> Known or None"},
+     "set_up(Tensor, Parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply): what calls are "
+     "recognized and run by; False if that cannot be."},
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)), METH_FASTCALL,
+     "run((name, x, weight, bias, residual, mean, var, *options), momentum) -> y or None"},
+    {"differentiable_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(differentiable_forward)),
+     METH_FASTCALL, "differentiable_forward(ctx, known, x, weight, bias, residual, mean, var, momentum) -> y"},
     {"remember", remember, METH_VARARGS,
-     "remember(arguments of recall, problem, stats, affine, moments, act, eps): False for a call that is never known."},
+     "remember(call, problem, stats, affine, moments, act, eps): False for a call that is never known."},
     {"forget", forget, METH_NOARGS, "Forget all calls."},
     {"known", count_known, METH_NOARGS, "How many calls are remembered."},
     {nullptr, nullptr, 0, nullptr},
