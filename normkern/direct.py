@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normkern import autograd
-from normkern.backends import BACKENDS, select
+from normkern import autograd, backends
+from normkern.backends import select
 from normkern.backends.native import Native
 from normkern.problem import NEED_DRESIDUAL, Act, Moments, Problem
 
@@ -27,12 +27,18 @@ _watchers: tuple[Any, ...] = (
     torch._C._are_functorch_transforms_active,
     torch._C._len_torch_dispatch_stack,
     torch._C._get_tracing_state,
-    torch._C._autograd._profiler_enabled,  # type: ignore[attr-defined]
+    torch._C._autograd._profiler_enabled,
 )
 
 
 def _allowed(x: Tensor) -> bool:
-    return forward_ad._current_level < 0 and type(select(x)) is Native
+    if forward_ad._current_level >= 0:
+        return False
+    if backends._forced_anywhere or backends._environment is not None:
+        return type(select(x)) is Native
+    # Nothing is asked for: the first backend, if it can, without the price of asking it.
+    first = next(iter(backends.BACKENDS.values()))
+    return type(first) is Native and first.cpu_why_not is None
 
 
 def _unwatched() -> bool:
@@ -49,6 +55,7 @@ class _Direct(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:5]
         x, weight, bias, residual, *given = ctx.saved_tensors
         mean, var = given or (None, None)
+        wanted += (False,) * (4 - len(wanted))  # the last arguments may be missing
         if not _is_compiling() and not torch.is_grad_enabled() and _unwatched():
             passes_on = wanted[3] and problem.act == Act.none
             needs = wanted[0] | wanted[1] << 1 | wanted[2] << 2 | wanted[3] << 3
@@ -59,13 +66,13 @@ class _Direct(torch.autograd.Function):
                 dense = autograd.same_buffer(dy, x)
                 got = known.backward(dense, x, weight, bias, residual, mean, var, moments, needs)
             if got is not None:
-                return None, *got[:3], dy if passes_on else got[3], None, None, None
+                return (None, *got[:3], dy if passes_on else got[3])[: len(ctx.needs_input_grad)]
         if moments is not None:
             both = torch.frombuffer(moments, dtype=torch.float64)
-            mean, var = (None, both) if problem.moments == Moments.second else both.split(problem.stats.groups)
-        backend = BACKENDS["native"]
+            mean, var = (None, both) if problem.moments == Moments.second else both.view(2, -1).unbind()
+        backend = backends.BACKENDS["native"]
         found = autograd.gradients(problem, backend, wanted, dy, known.strides, x, weight, bias, residual, mean, var)
-        return None, *found, None, None, None
+        return (None, *found)[: len(ctx.needs_input_grad)]
 
 
 def _host() -> Any:
@@ -74,9 +81,11 @@ def _host() -> Any:
         host: Any = importlib.import_module("normkern._host")
     except ImportError:
         return None
-    _Direct.forward = staticmethod(host.differentiable_forward)  # type: ignore[assignment]
+    if not hasattr(host, "differentiable_forward"):  # of an older build
+        return None
+    _Direct.forward = staticmethod(host.differentiable_forward)  # type: ignore[method-assign]
     # As autograd._run: Function.apply without what it does for torch.func, which never comes here.
-    apply = super(torch.autograd.Function, _Direct).apply  # type: ignore[misc]
+    apply = super(torch.autograd.Function, _Direct).apply
     sees = host.set_up(
         Tensor,
         torch.nn.Parameter,

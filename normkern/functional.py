@@ -141,7 +141,7 @@ def batch_norm_counted(
     check_flag(name, "training", training)
     check_flag(name, "skip_nonfinite", skip_nonfinite)
     if momentum is not None or batches is None:
-        momentum = check_float(name, "momentum", momentum)
+        momentum = check_float(name, "momentum", momentum)  # type: ignore[arg-type]
     if isinstance(x, Tensor) and x.shape == (0,):
         return _empty(x, weight, bias, residual)  # torch takes this for a batch without channels
     check_input(name, x, 2)
@@ -365,7 +365,9 @@ def instance_norm(
     y, instance_mean, instance_var = _normalize(input, dense, found, weight, bias, residual, save=tracked, call=call)
     if running_mean is not None and running_var is not None:
         if swapped:
-            instance_mean, instance_var = (m.view(channels, batch).t().reshape(-1) for m in (instance_mean, instance_var))
+            instance_mean, instance_var = (
+                m.view(channels, batch).t().reshape(-1) for m in (instance_mean, instance_var)
+            )
         only = _all_finite(instance_mean, instance_var) if skip_nonfinite else None
         count = numel // (batch * channels)
         running.update(running_mean, running_var, instance_mean, instance_var, count, momentum, only)

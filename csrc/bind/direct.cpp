@@ -7,196 +7,21 @@
 // goes its usual way. normkern/direct.py decides when coming here is lawful at all.
 #include "direct.h"
 
-#include <algorithm>
-#include <array>
-#include <cstring>
 #include <memory>
-#include <optional>
 #include <unordered_map>
 
 #include "../cpu/entry.h"
-#include "dlpack.h"
+#include "call_key.h"
 
 namespace normkern::bind {
 namespace {
 
-constexpr int64_t kMostElements = 1 << 14;  // one thread does these on the general path too, so the bits are the same
-constexpr int32_t kMostDims = 8;
 constexpr size_t kMostCalls = 4096;
-
-// What Python lends, once.
-struct {
-  PyObject *tensor = nullptr, *parameter = nullptr;  // types: these two exactly, no other subclass
-  PyObject *empty_like = nullptr, *is_neg = nullptr, *is_grad_enabled = nullptr;
-  PyObject* watchers = nullptr;  // a tuple of functions, each of which says whether something looks at this call
-  PyObject* allowed = nullptr;   // whether this backend runs a call on that tensor
-  PyObject* apply = nullptr;     // of the autograd.Function that wraps `forward` below
-  const DlExchange* exchange = nullptr;
-} torch_side;
-
-struct Operand {
-  DlTensor t;
-  DType dtype;
-  int64_t numel;
-};
-
-std::optional<DType> dtype_of(const DlTensor& t) {
-  if (t.lanes != 1) return std::nullopt;
-  if (t.code == kDlFloat && t.bits == 32) return DType::f32;
-  if (t.code == kDlFloat && t.bits == 64) return DType::f64;
-  if (t.code == kDlFloat && t.bits == 16) return DType::f16;
-  if (t.code == kDlBfloat && t.bits == 16) return DType::bf16;
-  return std::nullopt;
-}
-
-// False, with no exception set, for everything that is no plain tensor in memory.
-bool look(PyObject* object, Operand& o) {
-  PyTypeObject* type = Py_TYPE(object);
-  if (type != reinterpret_cast<PyTypeObject*>(torch_side.tensor) &&
-      type != reinterpret_cast<PyTypeObject*>(torch_side.parameter))
-    return false;
-  if (torch_side.exchange->view_object(object, &o.t) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  const auto dtype = dtype_of(o.t);
-  if (o.t.device_type != kDlCpu || !dtype || !o.t.data || o.t.ndim > kMostDims) return false;
-  o.dtype = *dtype;
-  o.numel = 1;
-  for (int32_t i = 0; i < o.t.ndim; ++i) o.numel *= o.t.shape[i];
-  return o.numel > 0 && o.numel <= kMostElements;
-}
-
-// A view that stands for the negative of its memory, which DLPack does not show.
-bool negated(PyObject* object) {
-  PyObject* answer = PyObject_CallOneArg(torch_side.is_neg, object);
-  if (!answer) PyErr_Clear();
-  Py_XDECREF(answer);
-  return answer != Py_False;
-}
-
-void* data(const Operand& o) { return static_cast<char*>(o.t.data) + o.t.byte_offset; }
-
-bool contiguous(const Operand& o) {
-  int64_t expected = 1;
-  for (int32_t i = o.t.ndim - 1; i >= 0; expected *= o.t.shape[i--])
-    if (o.t.shape[i] != 1 && o.t.strides[i] != expected) return false;
-  return true;
-}
-
-bool same_layout(const Operand& a, const Operand& b) {
-  return a.dtype == b.dtype && a.t.ndim == b.t.ndim && std::equal(a.t.shape, a.t.shape + a.t.ndim, b.t.shape) &&
-         std::equal(a.t.strides, a.t.strides + a.t.ndim, b.t.strides);
-}
-
-// ---- what identifies a call ----
-
-class Key {
- public:
-  bool push(int64_t word) {
-    if (size_ == words_.size()) return false;
-    words_[size_++] = word;
-    return true;
-  }
-
-  bool push_shape(const Operand& o) {
-    bool ok = push(int64_t(o.dtype) << 8 | o.t.ndim);
-    for (int32_t i = 0; i < o.t.ndim && ok; ++i) ok = push(o.t.shape[i]);
-    return ok;
-  }
-
-  bool push_strides(const Operand& o) {
-    bool ok = true;
-    for (int32_t i = 0; i < o.t.ndim && ok; ++i) ok = push(o.t.strides[i]);
-    return ok;
-  }
-
-  // Types are told apart: True, 1 and 1.0 are equal to Python but not to the checks.
-  bool push_option(PyObject* option) {
-    if (option == Py_None) return push(kNone);
-    if (PyBool_Check(option)) return push(option == Py_True ? kTrue : kFalse);
-    if (PyLong_CheckExact(option)) return push(kInt) && push_int(option);
-    if (PyFloat_CheckExact(option)) {
-      int64_t bits = 0;
-      const double value = PyFloat_AS_DOUBLE(option);
-      std::memcpy(&bits, &value, sizeof bits);
-      return push(kFloat) && push(bits);
-    }
-    if (PyUnicode_Check(option)) {
-      Py_ssize_t length = 0;
-      const char* text = PyUnicode_AsUTF8AndSize(option, &length);
-      int64_t words[2] = {};
-      if (!text) PyErr_Clear();
-      if (!text || length > Py_ssize_t(sizeof words)) return false;
-      std::memcpy(words, text, size_t(length));
-      return push(kText) && push(words[0]) && push(words[1]);
-    }
-    const bool tuple = PyTuple_Check(option);
-    if (!tuple && !PyList_Check(option)) return false;
-    const Py_ssize_t count = tuple ? PyTuple_GET_SIZE(option) : PyList_GET_SIZE(option);
-    bool ok = push(kSequence) && push(count);
-    for (Py_ssize_t i = 0; i < count && ok; ++i) {
-      PyObject* item = tuple ? PyTuple_GET_ITEM(option, i) : PyList_GET_ITEM(option, i);
-      ok = PyLong_CheckExact(item) && push_int(item);
-    }
-    return ok;
-  }
-
-  bool operator==(const Key& other) const {
-    return size_ == other.size_ && std::equal(words_.begin(), words_.begin() + size_, other.words_.begin());
-  }
-
-  size_t hash() const {
-    uint64_t h = size_;
-    for (size_t i = 0; i < size_; ++i) h = (h ^ uint64_t(words_[i])) * 0x9e3779b97f4a7c15u, h ^= h >> 29;
-    return h;
-  }
-
- private:
-  enum Tag : int64_t { kNone, kTrue, kFalse, kInt, kFloat, kText, kSequence };
-
-  bool push_int(PyObject* value) {
-    int overflow = 0;
-    const int64_t word = PyLong_AsLongLongAndOverflow(value, &overflow);
-    return overflow == 0 && push(word);
-  }
-
-  std::array<int64_t, 56> words_;
-  size_t size_ = 0;
-};
-
-struct HashOfKey {
-  size_t operator()(const Key& key) const { return key.hash(); }
-};
-
-// Positions of the tensors in a call and in the argument lists of the two passes.
-enum Slot { kX, kWeight, kBias, kResidual, kMean, kVar, kSlots };
-
-// `arguments`: the name of the norm, the six tensors or None, then options. False: a call that is not for this file.
-bool key_of(PyObject* const* arguments, Py_ssize_t count, Key& key) {
-  Operand x, other;
-  PyObject* const* tensors = arguments + 1;
-  if (count <= kSlots || !look(tensors[kX], x) || negated(tensors[kX])) return false;
-  if (!key.push_option(arguments[0]) || !key.push_shape(x) || !key.push_strides(x)) return false;
-  for (int slot = kWeight; slot < kSlots; ++slot) {
-    if (tensors[slot] == Py_None) {
-      if (!key.push(-1)) return false;
-      continue;
-    }
-    if (!look(tensors[slot], other) || negated(tensors[slot])) return false;
-    const bool fits = slot == kResidual ? same_layout(other, x) : contiguous(other);
-    if (!fits || !key.push_shape(other)) return false;
-  }
-  for (Py_ssize_t i = 1 + kSlots; i < count; ++i)
-    if (!key.push_option(arguments[i])) return false;
-  return true;
-}
 
 // ---- a call that was checked ----
 
 struct Known {
-  PyObject_HEAD
-  PyObject* problem;  // the same as normkern.problem.Problem
+  PyObject_HEAD PyObject* problem;  // the same as normkern.problem.Problem
   Problem p;
   int32_t ndim;
   int64_t shape[kMostDims], strides[kMostDims];  // of x
@@ -362,7 +187,8 @@ PyObject* backward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
     if (p.moments == Moments::mean_var) a.mean = {moments, DType::f64};
     a.var = {p.moments == Moments::mean_var ? moments + p.stats.groups() : moments, DType::f64};
   }
-  if (operands.failed() || !a.dy || negated(in[0]) || !a.x || !a.var.data || (!a.mean.data && p.moments != Moments::second))
+  if (operands.failed() || !a.dy || negated(in[0]) || !a.x || !a.var.data ||
+      (!a.mean.data && p.moments != Moments::second))
     return unfit();
   PyObject* const like[] = {tensors[kX], tensors[kWeight], tensors[kBias], tensors[kX]};
   Operand made[4];
@@ -521,11 +347,14 @@ PyObject* run(PyObject*, PyObject* const* in, Py_ssize_t count) {
   }
   if (graph < 0) return nullptr;
   PyObject* known = Py_NewRef(found->second);  // the table may change while Python runs
-  PyObject* const arguments[] = {known,           tensors[kX],    tensors[kWeight], tensors[kBias],
-                                 tensors[kResidual], tensors[kMean], tensors[kVar],    in[1]};
   PyObject* y = nullptr;
   if (graph) {
-    y = PyObject_Vectorcall(torch_side.apply, arguments, std::size(arguments), nullptr);
+    // As few arguments as there can be: autograd looks at every one of them.
+    PyObject* rest = PyTuple_Pack(4, known, tensors[kMean], tensors[kVar], in[1]);
+    PyObject* const arguments[] = {rest, tensors[kX], tensors[kWeight], tensors[kBias], tensors[kResidual]};
+    const size_t used = tensors[kResidual] != Py_None ? 5 : tensors[kBias] != Py_None ? 4 : 3;
+    if (rest) y = PyObject_Vectorcall(torch_side.apply, arguments, used, nullptr);
+    Py_XDECREF(rest);
   } else {
     PyObject* const plain[] = {tensors[kX],    tensors[kWeight], tensors[kBias], tensors[kResidual],
                                tensors[kMean], tensors[kVar],    Py_None,        in[1]};
@@ -535,33 +364,34 @@ PyObject* run(PyObject*, PyObject* const* in, Py_ssize_t count) {
   return y;
 }
 
-// differentiable_forward(ctx, known, x, weight, bias, residual, mean, var, momentum) -> y: what the autograd.Function
-// does. ctx gets what backward needs: tensors through save_for_backward, and `known`, the pair of Known and moments.
+// differentiable_forward(ctx, (known, mean, var, momentum), x, weight, bias=None, residual=None) -> y: what the
+// autograd.Function does. ctx gets what backward needs: tensors to save, and `known`, the pair of Known and moments.
 PyObject* differentiable_forward(PyObject*, PyObject* const* in, Py_ssize_t count) {
-  static PyObject* const save = PyUnicode_InternFromString("save_for_backward");
+  static PyObject* const save = PyUnicode_InternFromString("to_save");  // what ctx.save_for_backward assigns
   static PyObject* const attribute = PyUnicode_InternFromString("known");
-  if (!arity("differentiable_forward", count, kSlots + 3)) return nullptr;
-  if (Py_TYPE(in[1]) != known_type) return PyErr_Format(PyExc_TypeError, "differentiable_forward: no Known");
-  const Problem& p = reinterpret_cast<Known*>(in[1])->p;
-  PyObject* const* tensors = in + 2;
-  const bool given = p.moments == Moments::given;
+  if (count < 4 || count > 6 || !PyTuple_CheckExact(in[1]) || PyTuple_GET_SIZE(in[1]) != 4 ||
+      Py_TYPE(PyTuple_GET_ITEM(in[1], 0)) != known_type)
+    return PyErr_Format(PyExc_TypeError, "differentiable_forward: arguments are not those of run");
+  PyObject* known = PyTuple_GET_ITEM(in[1], 0);
+  PyObject *mean = PyTuple_GET_ITEM(in[1], 1), *var = PyTuple_GET_ITEM(in[1], 2);
+  PyObject *bias = count > 4 ? in[4] : Py_None, *residual = count > 5 ? in[5] : Py_None;
+  const Problem& p = reinterpret_cast<Known*>(known)->p;
   const Py_ssize_t room = moments_count(p) * Py_ssize_t(sizeof(double));
   PyObject* moments = room ? PyByteArray_FromStringAndSize(nullptr, room) : Py_NewRef(Py_None);
   if (!moments) return nullptr;
-  PyObject* const plain[] = {tensors[kX],    tensors[kWeight], tensors[kBias], tensors[kResidual],
-                             tensors[kMean], tensors[kVar],    moments,        in[kSlots + 2]};
-  PyObject* y = forward(in[1], plain, std::size(plain));
-  PyObject* pair = y ? PyTuple_Pack(2, in[1], moments) : nullptr;
+  PyObject* const plain[] = {in[2], in[3], bias, residual, mean, var, moments, PyTuple_GET_ITEM(in[1], 3)};
+  PyObject* y = forward(known, plain, std::size(plain));
+  PyObject* pair = y ? PyTuple_Pack(2, known, moments) : nullptr;
   Py_DECREF(moments);
   // The backward pass sees the residual again only where an activation follows.
-  PyObject* residual = p.act == Act::none ? Py_None : tensors[kResidual];
-  PyObject* const saved[] = {in[0],    tensors[kX],    tensors[kWeight], tensors[kBias],
-                             residual, tensors[kMean], tensors[kVar]};
-  PyObject* done = pair ? PyObject_VectorcallMethod(save, saved, given ? 7 : 5, nullptr) : nullptr;
-  const bool failed = !done || PyObject_SetAttr(in[0], attribute, pair) != 0;
-  Py_XDECREF(done);
+  if (p.act == Act::none) residual = Py_None;
+  const bool given = p.moments == Moments::given;
+  PyObject* saved = !pair   ? nullptr
+                    : given ? PyTuple_Pack(6, in[2], in[3], bias, residual, mean, var)
+                            : PyTuple_Pack(4, in[2], in[3], bias, residual);
+  if (!saved || PyObject_SetAttr(in[0], save, saved) != 0 || PyObject_SetAttr(in[0], attribute, pair) != 0) Py_CLEAR(y);
+  Py_XDECREF(saved);
   Py_XDECREF(pair);
-  if (failed) Py_CLEAR(y);
   return y;
 }
 
@@ -614,7 +444,8 @@ PyMethodDef functions[] = {
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)), METH_FASTCALL,
      "run((name, x, weight, bias, residual, mean, var, *options), momentum) -> y or None"},
     {"differentiable_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(differentiable_forward)),
-     METH_FASTCALL, "differentiable_forward(ctx, known, x, weight, bias, residual, mean, var, momentum) -> y"},
+     METH_FASTCALL,
+     "differentiable_forward(ctx, (known, mean, var, momentum), x, weight, bias=None, residual=None) -> y"},
     {"remember", remember, METH_VARARGS,
      "remember(call, problem, stats, affine, moments, act, eps): False for a call that is never known."},
     {"forget", forget, METH_NOARGS, "Forget all calls."},

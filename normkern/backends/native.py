@@ -125,6 +125,9 @@ class Native:
         if running_mean.is_cuda and not self._updates_on_cuda:
             return False
         self._update_running(running_mean, running_var, mean, var, count, momentum)
+        if not torch.compiler.is_compiling():
+            # An operator of the stable ABI has no kernel that would do this for autograd.
+            torch.autograd.graph.increment_version((running_mean, running_var))
         return True
 
 
