@@ -79,7 +79,7 @@ def gradients(
     if x.stride() != strides:  # a hook on saved tensors may have brought it back otherwise
         x = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
         residual = None if residual is None else same_buffer(residual, x)
-    if must_be_differentiable():
+    if _must_be_differentiable(dy):
         return _differentiable_backward(problem, wanted, dy, x, weight, bias, residual, mean, var)
     need_x, need_weight, need_bias, need_residual = wanted
     dresidual = None
@@ -104,7 +104,7 @@ def gradients(
 _run: Any = super(torch.autograd.Function, _Normalize).apply
 
 
-def must_be_differentiable() -> bool:
+def _must_be_differentiable(dy: Tensor) -> bool:
     """Under create_graph, or where dy is a batch of gradients that torch.func hands over at once."""
     if torch.compiler.is_compiling():
         return False  # compiled graphs have no second derivatives, and are traced with gradients enabled

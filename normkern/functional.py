@@ -106,28 +106,27 @@ def batch_norm(
     (with the unbiased variance); otherwise the running statistics are the moments. With `skip_nonfinite` a batch with
     an infinite or NaN moment moves no running statistics, of any channel.
     """
-    return batch_norm_counted(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act, skip_nonfinite, None
-    )
+    return batch_norm_moved(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act, skip_nonfinite
+    )[0]
 
 
-def batch_norm_counted(
+def batch_norm_moved(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float | None,
+    momentum: float | Tensor,
     eps: float,
     residual: Tensor | None,
     act: str | None,
     skip_nonfinite: bool,
-    batches: Tensor | None,
-) -> Tensor:
-    """batch_norm, which adds 1 to `batches` where it has moved the running statistics.
+) -> tuple[Tensor, Tensor | None]:
+    """batch_norm, and with `skip_nonfinite` whether the running statistics moved, a bool that stays on its device.
 
-    With `batches`, momentum=None is that of the average over all batches so far.
+    momentum may be a tensor of size 1, which no one waits for.
     """
     name = "batch_norm"
     call = None
@@ -135,15 +134,12 @@ def batch_norm_counted(
         call = name, x, weight, bias, residual, running_mean, running_var, training, eps, act
         y = direct.run(call, momentum if training else None)
         if y is not None:
-            if batches is not None:
-                batches.add_(1)
-            return y
+            return y, None
     check_flag(name, "training", training)
     check_flag(name, "skip_nonfinite", skip_nonfinite)
-    if momentum is not None or batches is None:
-        momentum = check_float(name, "momentum", momentum)  # type: ignore[arg-type]
+    momentum = momentum if isinstance(momentum, Tensor) else check_float(name, "momentum", momentum)
     if isinstance(x, Tensor) and x.shape == (0,):
-        return _empty(x, weight, bias, residual)  # torch takes this for a batch without channels
+        return _empty(x, weight, bias, residual), None  # torch takes this for a batch without channels
     check_input(name, x, 2)
     eps = check_float(name, "eps", eps)
     activation = check_act(name, act)
@@ -158,30 +154,17 @@ def batch_norm_counted(
     bias = check_parameter(name, "bias", _flat(bias), (channels,), x)
     check_residual(name, residual, x)
     if numel == 0:
-        y = _empty(x, weight, bias, residual)
-        only = None
-    elif not training:
-        dense, found = _fit(x, problem.batch, activation, eps, True)
-        return _normalize(x, dense, found, weight, bias, residual, mean, var, call=call)[0]
-    else:
-        dense, found = _fit(x, problem.batch, activation, eps, False)
-        tracked = running_mean is not None
-        y, batch_mean, batch_var = _normalize(x, dense, found, weight, bias, residual, save=tracked, call=call)
-        only = None
-        if running_mean is not None and running_var is not None:
-            if skip_nonfinite:
-                only = _all_finite(batch_mean, batch_var)
-            # A tensor, so that the count stays on its device.
-            share = momentum if momentum is not None else 1.0 / (_number(batches) + 1).double()
-            running.update(running_mean, running_var, batch_mean, batch_var, numel // channels, share, only)
-    if batches is not None:  # counted last: a call that fails is no batch
-        batches.add_(1 if only is None else only)
-    return y
-
-
-def _number(batches: Tensor | None) -> Tensor:
-    assert batches is not None, "momentum=None comes with a count of batches"
-    return batches
+        return _empty(x, weight, bias, residual), None
+    dense, found = _fit(x, problem.batch, activation, eps, not training)
+    if not training:
+        return _normalize(x, dense, found, weight, bias, residual, mean, var, call=call)[0], None
+    tracked = running_mean is not None
+    y, batch_mean, batch_var = _normalize(x, dense, found, weight, bias, residual, save=tracked, call=call)
+    only = None
+    if running_mean is not None and running_var is not None:
+        only = _all_finite(batch_mean, batch_var) if skip_nonfinite else None
+        running.update(running_mean, running_var, batch_mean, batch_var, numel // channels, momentum, only)
+    return y, only
 
 
 def _all_finite(mean: Tensor, var: Tensor) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,3 +54,33 @@ def _moved(running: Tensor, value: Tensor, momentum: float | Tensor, only: Tenso
     wide = running.to(value.dtype)
     moved = value * momentum + wide * (1 - momentum)
     return moved if only is None else torch.where(only, moved, wide)
+
+
+@contextmanager
+def frozen_running_stats(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block, training forward passes of `model` leave running statistics and counts of batches alone.
+
+    Batches are normalized as ever. Made for forward passes that repeat one: the second pass of a sharpness-aware step,
+    or the recomputation of a checkpoint (`context_fn=lambda: (nullcontext(), frozen_running_stats(model))`). Layers of
+    normkern.nn skip the update; every other module with a running_mean gets its statistics back when the block ends,
+    also by an exception. Not to be entered by two threads with one model.
+    """
+    own: list[Any] = []
+    others = []
+    for module in model.modules():
+        if hasattr(module, "statistics_frozen"):
+            own.append(module)
+        elif isinstance(module._buffers.get("running_mean"), Tensor):
+            names = ("running_mean", "running_var", "num_batches_tracked")
+            others.append([(b, b.clone()) for name in names if isinstance(b := module._buffers.get(name), Tensor)])
+    for module in own:
+        module.statistics_frozen += 1
+    try:
+        yield
+    finally:
+        for module in own:
+            module.statistics_frozen -= 1
+        with torch.no_grad():
+            for buffers in others:
+                for buffer, before in buffers:
+                    buffer.copy_(before)
