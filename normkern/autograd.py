@@ -156,7 +156,8 @@ def normalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the moments of every group if `save`; mean and var are read only where the moments are given."""
     if _transformed():
-        return eager.apply(problem, x, weight, bias, residual, mean, var)
+        y, group_mean, group_var = eager.apply(problem, x, weight, bias, residual, mean, var)
+        return y, group_mean.detach(), group_var.detach()
     backend = select(x)
     if torch.is_grad_enabled() and (
         x.requires_grad

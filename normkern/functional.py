@@ -3,17 +3,19 @@
 Each function checks its arguments, names its two domains (problem.py) and hands over to autograd.py. `input` is
 (N, C, ...) in any dense memory format; output and gradients keep its dtype and layout. `residual` is added after weight
 and bias and before `act`, one of None, "relu", "silu", "gelu", "leaky_relu". Parameters may have any floating dtype.
-torch.autocast casts nothing here: inputs are taken as they come.
+Under torch.autocast("cuda") layer, group and RMS norm of tensors on the GPU compute and answer in float32, as torch's
+do; batch and instance norm, and every norm on the CPU, take their inputs as they come, as torch's do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from normkern import autograd, direct, problem, running
+from normkern import aten, autograd, direct, problem, running
 from normkern.checks import (
     check_act,
     check_enough_values,
@@ -29,6 +31,8 @@ from normkern.checks import (
     spatial_count,
 )
 from normkern.problem import Problem
+
+T = TypeVar("T")
 
 # A constructor of problem.py: from sizes, strides and what the norm adds to the problem, or None where they do not fit.
 Geometry = Callable[..., Problem | None]
@@ -75,6 +79,13 @@ def _normalize(
     if dense is not x:
         y = autograd.same_buffer(y, torch.empty_like(x))
     return y, mean, var
+
+
+def _autocast(t: T) -> T:
+    """A tensor on a GPU as torch.autocast has it for layer, group and RMS norm: float32."""
+    if isinstance(t, Tensor) and t.is_cuda and t.is_floating_point() and t.dtype is not torch.float64:
+        return t.float()  # type: ignore[return-value]
+    return t
 
 
 def _empty(x: Tensor, *others: Tensor | None) -> Tensor:
@@ -153,6 +164,9 @@ def batch_norm_moved(
     weight = check_parameter(name, "weight", _flat(weight), (channels,), x)
     bias = check_parameter(name, "bias", _flat(bias), (channels,), x)
     check_residual(name, residual, x)
+    if aten.exporting() and not skip_nonfinite and isinstance(momentum, float):
+        y = aten.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, False)
+        return aten.finish(y, activation, residual), None
     if numel == 0:
         return _empty(x, weight, bias, residual), None
     dense, found = _fit(x, problem.batch, activation, eps, not training)
@@ -194,6 +208,9 @@ def group_norm(
     if y is not None:
         return y
     check_input("group_norm", input, 2)
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        input = _autocast(input)
+        weight, bias, residual = _autocast(weight), _autocast(bias), _autocast(residual)
     check_groups("group_norm", num_groups, input)
     eps = check_float("group_norm", "eps", eps)
     activation = check_act("group_norm", act)
@@ -203,6 +220,8 @@ def group_norm(
     weight = check_parameter("group_norm", "weight", weight, (shape[1],), input)
     bias = check_parameter("group_norm", "bias", bias, (shape[1],), input)
     check_residual("group_norm", residual, input)
+    if aten.exporting():
+        return aten.finish(aten.group_norm(input, num_groups, weight, bias, eps), activation, residual)
     if numel == 0:
         return _empty(input, weight, bias, residual)
     dense, found = _fit(input, problem.group, num_groups, activation, eps)
@@ -278,11 +297,16 @@ def _layer_norm(
     call: tuple[object, ...] | None = None,
 ) -> Tensor:
     check_input(name, x, 0)
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x = _autocast(x)
+        weight, bias, residual = _autocast(weight), _autocast(bias), _autocast(residual)
     shape = check_normalized_shape(name, normalized_shape, x)
     activation = check_act(name, act)
     weight = check_parameter(name, "weight", weight, shape, x)
     bias = check_parameter(name, "bias", bias, shape, x)
     check_residual(name, residual, x)
+    if aten.exporting():
+        return aten.finish(aten.layer_norm(x, shape, weight, bias, eps, second), activation, residual)
     if x.numel() == 0:
         return _empty(x, weight, bias, residual)
     dense, found = _fit(x, problem.layer, len(shape), activation, eps, second)
@@ -332,6 +356,9 @@ def instance_norm(
     weight = check_parameter(name, "weight", weight, (channels,), input)
     bias = check_parameter(name, "bias", bias, (channels,), input)
     check_residual(name, residual, input)
+    if aten.exporting() and not skip_nonfinite:
+        y = aten.batch_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, True)
+        return aten.finish(y, activation, residual)
     numel = input.numel()
     if numel == 0:
         return _empty(input, weight, bias, residual)

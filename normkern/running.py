@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from normkern.backends import select
 from normkern.backends.native import Native
@@ -28,6 +30,19 @@ def update(
     average counts, and the variance is made unbiased. With `only`, a bool tensor of size 1, nothing moves where it is
     False: no one waits for its value. None of these tensors requires gradients.
     """
+    if torch._C._are_functorch_transforms_active() and not _wrapped(running_mean):
+        # The function under torch.func captured the statistics, and writes to them as torch's does.
+        if _batched(mean):
+            raise RuntimeError(
+                "batch_norm: Batch norm got a batched tensor as input while the running_mean or running_var, which are "
+                "updated in place, are not batched; give each sample statistics of its own, or none "
+                "(track_running_stats=False)"
+            )
+        mean, var = _unwrapped(mean), _unwrapped(var)
+        momentum = _unwrapped(momentum) if isinstance(momentum, Tensor) else momentum
+        only = None if only is None else _unwrapped(only)
+        with temporarily_clear_interpreter_stack():
+            return update(running_mean, running_var, mean, var, count, momentum, only)
     if (
         only is None
         and not isinstance(momentum, Tensor)
@@ -48,6 +63,24 @@ def update(
     next_var = _moved(running_var, var * (count / (count - 1)), momentum, only)
     running_mean.copy_(next_mean)
     running_var.copy_(next_var)
+
+
+def _wrapped(t: Tensor) -> bool:
+    return functorch.is_functorch_wrapped_tensor(t)
+
+
+def _batched(t: Tensor) -> bool:
+    while _wrapped(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
+
+
+def _unwrapped(t: Tensor) -> Tensor:
+    while _wrapped(t):
+        t = functorch.get_unwrapped(t)
+    return t.detach()
 
 
 def _moved(running: Tensor, value: Tensor, momentum: float | Tensor, only: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ class _WithAct(torch.nn.Module):
                     found = {}  # it names all its arguments; the others add to those of the next class
                 named = (p for p in own.values() if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
                 found |= {p.name: p for p in named}
-        cls.__signature__ = inspect.Signature(sorted(found.values(), key=lambda p: p.kind))
+        cls.__signature__ = inspect.Signature(sorted(found.values(), key=lambda p: p.kind))  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
         check_act(type(self).__name__, act)
