@@ -1,7 +1,9 @@
 """aten.py: the norms as torch's own operators, for programs that leave this process.
 
 What torch.export, torch.onnx.export and torch.jit.trace record must run where normkern is not installed, and ONNX knows
-no operators but torch's. So while one of them records, calls come here, after all checks.
+no operators but torch's. So while one of them records, calls come here, after all checks; what torch's functions cannot
+say (statistics of another dtype that move, a momentum that is a tensor) is recorded as the formulas of
+backends/eager.py.
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ def _like_input(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     if parameter is None or parameter.dtype is x.dtype:
         return parameter
     return parameter.to(x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32)
+
+
+def takes_statistics(mean: Tensor | None, x: Tensor, training: bool, momentum: object) -> bool:
+    """Whether torch's function does with these running statistics what ours does."""
+    return not training or (isinstance(momentum, float) and _like_input(mean, x) is mean)
 
 
 def finish(y: Tensor, act: Act, residual: Tensor | None) -> Tensor:
@@ -71,6 +78,7 @@ def batch_norm(
 ) -> Tensor:
     """Batch norm, or instance norm; in training running statistics, where given, move."""
     weight, bias = _like_input(weight, x), _like_input(bias, x)
+    mean, var = _like_input(mean, x), _like_input(var, x)
     if instance:
         return F.instance_norm(x, mean, var, weight, bias, training, momentum, eps)
     return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from normkern import aten
 from normkern.backends import Backend, eager, select
 from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Act, Domain, Moments, Problem
 
@@ -155,7 +156,7 @@ def normalize(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the moments of every group if `save`; mean and var are read only where the moments are given."""
-    if _transformed():
+    if _transformed() or aten.exporting():
         y, group_mean, group_var = eager.apply(problem, x, weight, bias, residual, mean, var)
         return y, group_mean.detach(), group_var.detach()
     backend = select(x)
@@ -190,7 +191,7 @@ class _Moments(torch.autograd.Function):
 def moments(domain: Domain, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every group, float64; differentiable any number of times."""
     problem = Problem(domain, domain)
-    if _transformed():
+    if _transformed() or aten.exporting():
         return eager.differentiable_moments(domain, x)
     backend = select(x)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -164,8 +164,9 @@ def batch_norm_moved(
     weight = check_parameter(name, "weight", _flat(weight), (channels,), x)
     bias = check_parameter(name, "bias", _flat(bias), (channels,), x)
     check_residual(name, residual, x)
-    if aten.exporting() and not skip_nonfinite and isinstance(momentum, float):
-        y = aten.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, False)
+    if aten.exporting() and not skip_nonfinite and aten.takes_statistics(running_mean, x, training, momentum):
+        share = 0.0 if isinstance(momentum, Tensor) else momentum
+        y = aten.batch_norm(x, running_mean, running_var, weight, bias, training, share, eps, False)
         return aten.finish(y, activation, residual), None
     if numel == 0:
         return _empty(x, weight, bias, residual), None
@@ -356,7 +357,11 @@ def instance_norm(
     weight = check_parameter(name, "weight", weight, (channels,), input)
     bias = check_parameter(name, "bias", bias, (channels,), input)
     check_residual(name, residual, input)
-    if aten.exporting() and not skip_nonfinite:
+    if (
+        aten.exporting()
+        and not skip_nonfinite
+        and aten.takes_statistics(running_mean, input, use_input_stats, momentum)
+    ):
         y = aten.batch_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, True)
         return aten.finish(y, activation, residual)
     numel = input.numel()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from normkern import aten
 from normkern.backends import select
 from normkern.backends.native import Native
 
@@ -42,13 +43,15 @@ def update(
         momentum = _unwrapped(momentum) if isinstance(momentum, Tensor) else momentum
         only = None if only is None else _unwrapped(only)
         with temporarily_clear_interpreter_stack():
-            return update(running_mean, running_var, mean, var, count, momentum, only)
+            update(running_mean, running_var, mean, var, count, momentum, only)
+        return
     if (
         only is None
         and not isinstance(momentum, Tensor)
         and running_mean.is_contiguous()
         and running_var.is_contiguous()
         and not torch._C._are_functorch_transforms_active()
+        and not aten.exporting()
     ):
         backend = select(running_mean)
         if isinstance(backend, Native) and backend.update_running(

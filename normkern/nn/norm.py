@@ -34,7 +34,9 @@ class _WithAct(torch.nn.Module):
                 own = inspect.signature(kind.__dict__["__init__"]).parameters
                 if not any(p.kind is p.VAR_POSITIONAL for p in own.values()):
                     found = {}  # it names all its arguments; the others add to those of the next class
-                named = (p for p in own.values() if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+                named = (
+                    p for p in own.values() if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+                )
                 found |= {p.name: p for p in named}
         cls.__signature__ = inspect.Signature(sorted(found.values(), key=lambda p: p.kind))  # type: ignore[attr-defined]
 
