@@ -18,14 +18,15 @@ constexpr int64_t kMostElements = 1 << 14;  // one thread does these on the gene
 constexpr int32_t kMostDims = 8;
 
 // What Python lends, once.
-inline struct {
+struct TorchSide {
   PyObject *tensor = nullptr, *parameter = nullptr;  // types: these two exactly, no other subclass
   PyObject *empty_like = nullptr, *is_neg = nullptr, *is_grad_enabled = nullptr;
   PyObject* watchers = nullptr;  // a tuple of functions, each of which says whether something looks at this call
   PyObject* allowed = nullptr;   // whether this backend runs a call on that tensor
-  PyObject* apply = nullptr;     // of the autograd.Function that wraps `forward` below
+  PyObject* apply = nullptr;     // of the autograd.Function whose forward is differentiable_forward
   const DlExchange* exchange = nullptr;
-} torch_side;
+};
+inline TorchSide torch_side;
 
 struct Operand {
   DlTensor t;
