@@ -36,9 +36,13 @@ def _allowed(x: Tensor) -> bool:
         return False
     if backends._forced_anywhere or backends._environment is not None:
         return type(select(x)) is Native
-    # Nothing is asked for: the first backend, if it can, without the price of asking it.
-    first = next(iter(backends.BACKENDS.values()))
-    return type(first) is Native and first.cpu_why_not is None
+    # Nothing is asked for: as select, without the price of asking the first backend.
+    for backend in backends.BACKENDS.values():
+        if type(backend) is Native:
+            return backend.cpu_why_not is None
+        if backend.why_not(x) is None:
+            return False
+    return False
 
 
 def _unwatched() -> bool:

@@ -7,6 +7,7 @@
 // goes its usual way. normkern/direct.py decides when coming here is lawful at all.
 #include "direct.h"
 
+#include <exception>
 #include <memory>
 #include <unordered_map>
 
@@ -17,6 +18,23 @@ namespace normkern::bind {
 namespace {
 
 constexpr size_t kMostCalls = 4096;
+
+using FastFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+// C++ exceptions, of which only a lack of memory can occur, must not reach the interpreter.
+template <FastFunction function>
+PyObject* guarded(PyObject* self, PyObject* const* in, Py_ssize_t count) noexcept {
+  try {
+    return function(self, in, count);
+  } catch (const std::exception& error) {
+    return PyErr_Format(PyExc_MemoryError, "normkern: %s", error.what());
+  }
+}
+
+template <FastFunction function>
+PyCFunction fast() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(guarded<function>));
+}
 
 // ---- a call that was checked ----
 
@@ -233,9 +251,9 @@ void release(PyObject* self) {
 }
 
 PyMethodDef known_methods[] = {
-    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL,
+    {"forward", fast<forward>(), METH_FASTCALL,
      "forward(x, weight, bias, residual, mean, var, moments, momentum) -> y"},
-    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL,
+    {"backward", fast<backward>(), METH_FASTCALL,
      "backward(dy, x, weight, bias, residual, mean, var, moments, needs) -> (dx, dweight, dbias, dresidual)"},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -395,7 +413,7 @@ PyObject* differentiable_forward(PyObject*, PyObject* const* in, Py_ssize_t coun
   return y;
 }
 
-PyObject* remember(PyObject*, PyObject* args) {
+PyObject* remember(PyObject*, PyObject* args) try {
   PyObject *call, *problem;
   long long s[4], w[4];
   int moments, act;
@@ -428,6 +446,8 @@ PyObject* remember(PyObject*, PyObject* args) {
   Py_XDECREF(place);
   place = reinterpret_cast<PyObject*>(known);
   Py_RETURN_TRUE;
+} catch (const std::exception& error) {
+  return PyErr_Format(PyExc_MemoryError, "normkern: %s", error.what());
 }
 
 PyObject* forget(PyObject*, PyObject*) {
@@ -441,10 +461,9 @@ PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS,
      "set_up(Tensor, Parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply): what calls are "
      "recognized and run by; False if that cannot be."},
-    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)), METH_FASTCALL,
+    {"run", fast<run>(), METH_FASTCALL,
      "run((name, x, weight, bias, residual, mean, var, *options), momentum) -> y or None"},
-    {"differentiable_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(differentiable_forward)),
-     METH_FASTCALL,
+    {"differentiable_forward", fast<differentiable_forward>(), METH_FASTCALL,
      "differentiable_forward(ctx, (known, mean, var, momentum), x, weight, bias=None, residual=None) -> y"},
     {"remember", remember, METH_VARARGS,
      "remember(call, problem, stats, affine, moments, act, eps): False for a call that is never known."},
