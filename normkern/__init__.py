@@ -13,6 +13,7 @@ from normkern.functional import (
     moments,
     rms_norm,
 )
+from normkern.nn.convert import convert, register_converter, revert
 
 __version__ = "0.1.0"
 
@@ -20,12 +21,15 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
+    "convert",
     "explain",
     "group_norm",
     "instance_norm",
     "layer_norm",
     "moments",
     "nn",
+    "register_converter",
+    "revert",
     "rms_norm",
     "use_backend",
 ]

@@ -35,31 +35,36 @@ class _WithAct(torch.nn.Module):
         self.__dict__.setdefault("act", None)
 
 
+def normalize_batch(module: Any, input: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+    """The forward of a module with the attributes of torch's batch norms; counts the batch."""
+    module._check_input_dim(input)
+    tracking = module.training and module.track_running_stats
+    batches = module.num_batches_tracked if tracking else None
+    momentum: float | Tensor = 0.0 if module.momentum is None else module.momentum
+    if module.momentum is None and batches is not None:
+        # A tensor, so that the count stays on its device: the cumulative average of batches so far.
+        momentum = 1.0 / (batches + 1).double()
+    keep = not module.training or module.track_running_stats
+    y = F.batch_norm(
+        input,
+        module.running_mean if keep else None,
+        module.running_var if keep else None,
+        module.weight,
+        module.bias,
+        module.training or (module.running_mean is None and module.running_var is None),
+        momentum,  # type: ignore[arg-type]
+        module.eps,
+        residual=residual,
+        act=act,
+    )
+    if batches is not None:  # counted last: a call that fails is no batch
+        batches.add_(1)
+    return y
+
+
 class _BatchNorm(_WithAct, torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        tracking = self.training and self.track_running_stats
-        batches = self.num_batches_tracked if tracking else None
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and batches is not None:
-            # A tensor, so that the count stays on its device: the cumulative average of batches so far.
-            momentum = 1.0 / (batches + 1).double()
-        keep = not self.training or self.track_running_stats
-        y = F.batch_norm(
-            input,
-            self.running_mean if keep else None,
-            self.running_var if keep else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,  # type: ignore[arg-type]
-            self.eps,
-            residual=residual,
-            act=self.act,
-        )
-        if batches is not None:  # counted last: a call that fails is no batch
-            batches.add_(1)
-        return y
+        return normalize_batch(self, input, residual, self.act)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
