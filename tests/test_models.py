@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import normkern
-from normkern.nn import foreign
-from normkern.nn.convert import full_name
 
 # torchvision's operators do not load where it was built for another torch, and whoever imports it then fails. Its
 # Python code only needs these two to be declared; the library object must stay alive.

@@ -192,6 +192,8 @@ def _is_norm(module: nn.Module) -> bool:
     """Something whose absence from a report would surprise."""
     if isinstance(module, _NORMS):
         return True
+    if type(module).__module__.startswith("torch.nn.utils"):  # weight_norm and its like
+        return False
     name = module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
     return "norm" in name.lower() and not any(_is_norm(m) for m in module.modules() if m is not module)
 
@@ -228,9 +230,7 @@ def _why_unknown(module: nn.Module) -> str:
     return "no converter knows it"
 
 
-def _shared_between_processes(
-    module: nn.Module, target: type[nn.Module] | str | None
-) -> type[nn.Module] | str | None:
+def _shared_between_processes(module: nn.Module, target: type[nn.Module] | str | None) -> type[nn.Module] | str | None:
     """The target under sync=True: for batch norms, the class that gathers statistics."""
     if target in _BATCH_NORMS or (target == _ALREADY and type(module) in _BATCH_NORMS):
         return SyncBatchNorm

@@ -182,7 +182,9 @@ def _channels(self: Any) -> tuple[int, ...]:
 
 
 def _wan_sample(self: Any) -> tuple[int, ...]:
-    return (2, *self.gamma.shape[:1], *[3] * (self.gamma.dim() - 1)) if self.channel_first else (2, 3, *self.gamma.shape)
+    return (
+        (2, *self.gamma.shape[:1], *[3] * (self.gamma.dim() - 1)) if self.channel_first else (2, 3, *self.gamma.shape)
+    )
 
 
 def _one_dimension(self: Any) -> str | None:
@@ -221,7 +223,9 @@ BY_NAME: dict[str, Rule] = {
 ALIKE: dict[str, Rule] = {
     "transformers.models.llama.modeling_llama.LlamaRMSNorm": Rule(_llama, _weighted_rows, why_not=_one_dimension),
     "transformers.models.t5.modeling_t5.T5LayerNorm": Rule(_t5, _weighted_rows, why_not=_one_dimension),
-    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssRMSNorm": Rule(_gpt_oss, _weighted_rows, why_not=_one_dimension),
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssRMSNorm": Rule(
+        _gpt_oss, _weighted_rows, why_not=_one_dimension
+    ),
     "transformers.models.gemma.modeling_gemma.GemmaRMSNorm": Rule(_gemma, _weighted_rows, why_not=_one_dimension),
     "transformers.models.gemma3n.modeling_gemma3n.Gemma3nRMSNorm": Rule(_moshi, _weighted_rows, why_not=_one_dimension),
     "transformers.models.moshi.modeling_moshi.MoshiRMSNorm": Rule(_moshi, _weighted_rows, why_not=_one_dimension),
@@ -253,7 +257,7 @@ def _rule_of(kind: type[nn.Module]) -> Rule | None:
     for known, rule in ALIKE.items():
         if known.partition(".")[0] != package or package not in sys.modules:
             continue
-        if name == known or (model := _loaded(known)) is not None and _same_code(kind, model):
+        if name == known or ((model := _loaded(known)) is not None and _same_code(kind, model)):
             return rule
     return None
 

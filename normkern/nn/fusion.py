@@ -130,9 +130,7 @@ def _traced(model: nn.Module, norms: dict[int, nn.Module]) -> list[tuple[nn.Modu
     return [(model.get_submodule(a), model.get_submodule(b)) for a, b in sorted(found[0] & found[1])]
 
 
-def _calls_in_a_row(
-    graph: torch.fx.Graph, model: nn.Module, norms: dict[int, nn.Module]
-) -> Iterator[tuple[str, str]]:
+def _calls_in_a_row(graph: torch.fx.Graph, model: nn.Module, norms: dict[int, nn.Module]) -> Iterator[tuple[str, str]]:
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(id(model.get_submodule(str(node.target))) for node in calls)
     for node in calls:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from normkern.nn import norm
@@ -17,8 +16,10 @@ def normalize_batch(module: Any, input: Tensor, residual: Tensor | None = None, 
 
 class SyncBatchNorm(norm._BatchNorm):
     process_group: Any = None
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return normalize_batch(self, input, residual, self.act)
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"SyncBatchNorm: input must have at least 2 dimensions; got shape {tuple(input.shape)}")
