@@ -7,6 +7,7 @@ They are subclasses: state dicts, isinstance tests, weight-decay groups and Sync
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +36,13 @@ class _WithAct(torch.nn.Module):
         self.__dict__.setdefault("act", None)
 
 
-def normalize_batch(module: Any, input: Tensor, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+def normalize_batch(
+    module: Any,
+    input: Tensor,
+    residual: Tensor | None = None,
+    act: str | None = None,
+    function: Callable[..., Tensor] = F.batch_norm,
+) -> Tensor:
     """The forward of a module with the attributes of torch's batch norms; counts the batch."""
     module._check_input_dim(input)
     tracking = module.training and module.track_running_stats
@@ -45,14 +52,14 @@ def normalize_batch(module: Any, input: Tensor, residual: Tensor | None = None, 
         # A tensor, so that the count stays on its device: the cumulative average of batches so far.
         momentum = 1.0 / (batches + 1).double()
     keep = not module.training or module.track_running_stats
-    y = F.batch_norm(
+    y = function(
         input,
         module.running_mean if keep else None,
         module.running_var if keep else None,
         module.weight,
         module.bias,
         module.training or (module.running_mean is None and module.running_var is None),
-        momentum,  # type: ignore[arg-type]
+        momentum,
         module.eps,
         residual=residual,
         act=act,
