@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +80,9 @@ class _Layout:
         dim, shards = placement.dim, self.mesh.size(mesh_dim)
         if self.shape[dim] == 1 or any(cut.dim == dim for cut in self.cuts):
             return None
-        found = [_axis_of(d, self._inner(dim), self.shape[dim], shards) for d in (self.problem.stats, self.problem.affine)]
+        found = [
+            _axis_of(d, self._inner(dim), self.shape[dim], shards) for d in (self.problem.stats, self.problem.affine)
+        ]
         if found[0] is None or found[1] is None or found[1][1]:
             return None
         return _Cut(dim, mesh_dim, found[0][0], found[1][0])
@@ -100,7 +101,11 @@ class _Layout:
 
     def local(self, t: Tensor) -> Tensor:
         """This process's part, dense and with the memory order of x."""
-        t = t if isinstance(t, DTensor) else DTensor.from_local(t, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        t = (
+            t
+            if isinstance(t, DTensor)
+            else DTensor.from_local(t, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        )
         part = t.redistribute(self.mesh, self.placements).to_local()
         strides, step = [1] * part.dim(), 1
         for dim in reversed(self.order):
@@ -175,7 +180,12 @@ class _Layout:
             placements[mesh_dim], local_sizes[i] = Shard(i), length
         strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
         t = DTensor.from_local(
-            part.view(local_sizes), self.mesh, placements, run_check=False, shape=torch.Size(sizes), stride=tuple(strides)
+            part.view(local_sizes),
+            self.mesh,
+            placements,
+            run_check=False,
+            shape=torch.Size(sizes),
+            stride=tuple(strides),
         )
         everywhere = [Replicate()] * self.mesh.ndim
         if like is None:

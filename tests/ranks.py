@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import os
 import socket
 import traceback
@@ -23,6 +24,13 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def _packed(done: bool, result: Any) -> bytes:
+    """By value: tensors in shared memory would be lost with the process."""
+    stream = io.BytesIO()
+    torch.save((done, result), stream)
+    return stream.getvalue()
+
+
 def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -34,9 +42,9 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
         function, arguments = job
         try:
             torch.manual_seed(0)
-            pipe.send((True, function(rank, *arguments)))
+            pipe.send_bytes(_packed(True, function(rank, *arguments)))
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send_bytes(_packed(False, traceback.format_exc()))
     dist.destroy_process_group()
 
 
@@ -62,7 +70,7 @@ class Ranks:
             if not pipe.poll(PATIENCE):
                 self.stop()
                 raise AssertionError(f"process {rank} did not finish {function.__name__}")
-            done, result = pipe.recv()
+            done, result = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
             if not done:
                 self.stop()  # the others may wait for it
                 raise AssertionError(f"process {rank}:\n{result}")

@@ -228,5 +228,3 @@ def test_sequence_parallel(ranks: Ranks) -> None:
         torch.testing.assert_close(found, y.detach(), rtol=1e-11, atol=1e-11)
         for name, p in model.named_parameters():
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-11, atol=1e-11)
-
-

@@ -44,7 +44,7 @@ class Rule:
 
 
 def _followers(self: nn.Module) -> tuple[str | None, tuple[nn.Module, ...]]:
-    """The activation that can be fused, and the modules to call after the norm: timm's drop and act, BiT's activation."""
+    """The activation to fuse, and the modules to call after the norm: timm's drop and act, BiT's activation."""
     found = [m for m in map(self._modules.get, ("drop", "act", "activation")) if m is not None]
     after = tuple(m for m in found if type(m) is not nn.Identity)
     if len(after) == 1 and (act := act_of(after[0])) is not None:
@@ -197,6 +197,7 @@ def _one_normalized(self: Any) -> str | None:
 
 
 _LAYER, _LAYER_2D = Rule(_layer_norm, _rows), Rule(_layer_norm_2d, _image, why_not=_one_normalized)
+_WEIGHTED = {"sample": _weighted_rows, "why_not": _one_dimension}
 _RMS, _RMS_2D = Rule(_rms_norm, _rows), Rule(_rms_norm_2d, _image)
 _GROUP = Rule(_group_norm, _channels)
 _BATCH = Rule(_batch_norm, _channels, synchronized=_sync_batch_norm)
@@ -217,18 +218,18 @@ BY_NAME: dict[str, Rule] = {
     "timm.layers.norm_act.RmsNormAct2d": _RMS_2D,
     "transformers.models.bit.modeling_bit.BitGroupNormActivation": _GROUP,
     "diffusers.models.normalization.FP32LayerNorm": _LAYER,
-    "diffusers.models.normalization.RMSNorm": Rule(_diffusers_rms, _weighted_rows, why_not=_one_dimension),
+    "diffusers.models.normalization.RMSNorm": Rule(_diffusers_rms, **_WEIGHTED),
 }
 # Classes that stand for their copies in the same package.
 ALIKE: dict[str, Rule] = {
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm": Rule(_llama, _weighted_rows, why_not=_one_dimension),
-    "transformers.models.t5.modeling_t5.T5LayerNorm": Rule(_t5, _weighted_rows, why_not=_one_dimension),
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm": Rule(_llama, **_WEIGHTED),
+    "transformers.models.t5.modeling_t5.T5LayerNorm": Rule(_t5, **_WEIGHTED),
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssRMSNorm": Rule(
         _gpt_oss, _weighted_rows, why_not=_one_dimension
     ),
-    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm": Rule(_gemma, _weighted_rows, why_not=_one_dimension),
-    "transformers.models.gemma3n.modeling_gemma3n.Gemma3nRMSNorm": Rule(_moshi, _weighted_rows, why_not=_one_dimension),
-    "transformers.models.moshi.modeling_moshi.MoshiRMSNorm": Rule(_moshi, _weighted_rows, why_not=_one_dimension),
+    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm": Rule(_gemma, **_WEIGHTED),
+    "transformers.models.gemma3n.modeling_gemma3n.Gemma3nRMSNorm": Rule(_moshi, **_WEIGHTED),
+    "transformers.models.moshi.modeling_moshi.MoshiRMSNorm": Rule(_moshi, **_WEIGHTED),
     "transformers.models.llama4.modeling_llama4.Llama4TextL2Norm": Rule(_moshi, _weighted_rows),
     "transformers.models.convnext.modeling_convnext.ConvNextLayerNorm": Rule(
         _layer_norm_either, _either, why_not=_one_normalized

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch.fx
 from torch import nn
@@ -98,8 +99,7 @@ def find(model: nn.Module, is_norm: Callable[[nn.Module], bool]) -> Fusions:
 def _neighbours(model: nn.Module, norms: dict[int, nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
     for parent in model.modules():
         if type(parent) is nn.Sequential and "forward" not in parent.__dict__:
-            children = list(parent)
-            for first, second in zip(children, children[1:], strict=False):
+            for first, second in pairwise(parent):
                 if id(first) in norms:
                     yield first, second
 
@@ -138,6 +138,7 @@ def _calls_in_a_row(graph: torch.fx.Graph, model: nn.Module, norms: dict[int, nn
         if id(first) not in norms or times[id(first)] != 1 or len(node.users) != 1:
             continue
         (user,) = node.users
-        if user.op == "call_module" and user.args == (node,) and not user.kwargs:
-            if times[id(model.get_submodule(str(user.target)))] == 1:
-                yield str(node.target), str(user.target)
+        if user.op != "call_module" or user.args != (node,) or user.kwargs:
+            continue
+        if times[id(model.get_submodule(str(user.target)))] == 1:
+            yield str(node.target), str(user.target)

@@ -47,7 +47,15 @@ class SyncBatchNorm(norm._BatchNorm):
     ) -> None:
         without_bias = {} if bias else {"bias": False}  # a keyword that not every torch has
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, act=act, **without_bias
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype,
+            act=act,
+            **without_bias,
         )
         self.process_group = process_group
 
