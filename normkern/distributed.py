@@ -223,7 +223,7 @@ class _SyncNormalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, used, count, mean, var)
         ctx.mark_non_differentiable(count, mean, var)
         ctx.set_materialize_grads(False)
-        ctx.part, ctx.backend = part, backend
+        ctx.part, ctx.backend, ctx.strides = part, backend, x.stride()
         return y, count, mean, var
 
     @staticmethod
@@ -232,6 +232,9 @@ class _SyncNormalize(torch.autograd.Function):
             return (None,) * 6
         part: Part = ctx.part
         x, weight, bias, residual, count, mean, var = ctx.saved_tensors
+        if x.stride() != ctx.strides:  # a hook on saved tensors may have brought it back otherwise
+            x = torch.empty_strided(x.shape, ctx.strides, dtype=x.dtype, device=x.device).copy_(x)
+            residual = None if residual is None else autograd.same_buffer(residual, x)
         wanted = ctx.needs_input_grad[2:]
         if autograd._must_be_differentiable(dy):
             return None, None, *_differentiable_backward(part, wanted, dy, x, weight, bias, residual, count)
@@ -285,6 +288,7 @@ def sync_batch_norm(
     process_group: Any = None,
     residual: Tensor | None = None,
     act: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """batch_norm, in training with the moments of the batches of all processes of the group (None: all processes).
 
@@ -292,7 +296,7 @@ def sync_batch_norm(
     process of the group has to make the call. Gradients of weight and bias are those of this process's output, so that
     DistributedDataParallel averages them as it does for other layers; that of the input is the one of the sum of all
     processes' losses. Any device whose backend of torch.distributed gathers float64; running statistics are those of
-    one process with all batches.
+    one process with all batches. With `skip_nonfinite` an infinite or NaN moment moves no running statistics.
 
     Raises what batch_norm raises, and RuntimeError where a process of the group does not take part in time.
     """
@@ -336,20 +340,30 @@ def sync_batch_norm(
     run = _SyncNormalize.apply if torch.is_grad_enabled() and needs_grad else part_forward
     y, count, mean, var = run(part, backend, x, weight, bias, residual)
     if running_mean is not None and running_var is not None:
-        _update_running(running_mean, running_var, count.detach(), mean.detach(), var.detach(), momentum)
+        moved = count > 0  # no samples at all change nothing
+        if skip_nonfinite:
+            moved = moved & (torch.isfinite(mean) & torch.isfinite(var)).all()
+        _update_running(running_mean, running_var, count, mean, var, momentum, moved)
     return y if x is input else autograd.same_buffer(y, torch.empty_like(input))
 
 
 def _update_running(
-    running_mean: Tensor, running_var: Tensor, count: Tensor, mean: Tensor, var: Tensor, momentum: float | Tensor
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | Tensor,
+    moved: Tensor,
 ) -> None:
-    """As batch_norm does, with a count that only the device knows; no samples at all change nothing."""
-    take = momentum * (count > 0).double()
+    """As batch_norm does, with a count, and a decision whether to move, that only the device knows."""
     unbiased = var * (count / (count - 1).clamp(min=1))
-    next_mean = running_mean * (1 - take) + mean * take
-    next_var = running_var * (1 - take) + unbiased * take
-    running_mean.copy_(next_mean)
-    running_var.copy_(next_var)
+    following = [
+        torch.where(moved, value * momentum + running.double() * (1 - momentum), running.double())
+        for running, value in ((running_mean, mean), (running_var, unbiased))
+    ]
+    running_mean.copy_(following[0])
+    running_var.copy_(following[1])
 
 
 def _group_name(process_group: Any) -> str | None:

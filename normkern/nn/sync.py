@@ -17,7 +17,11 @@ def normalize_batch(module: Any, input: Tensor, residual: Tensor | None = None, 
         return norm.normalize_batch(module, input, residual, act)
     from normkern.distributed import sync_batch_norm  # not before someone wants it: most programs never do
 
-    function = functools.partial(sync_batch_norm, process_group=getattr(module, "process_group", None))
+    function = functools.partial(
+        sync_batch_norm,
+        process_group=getattr(module, "process_group", None),
+        skip_nonfinite=getattr(module, "skip_nonfinite", False),
+    )
     return norm.normalize_batch(module, input, residual, act, function)
 
 
@@ -42,20 +46,11 @@ class SyncBatchNorm(norm._BatchNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        bias: bool = True,
         act: str | None = None,
+        **more: Any,  # what the stock layer of this torch and normkern's batch norms know besides
     ) -> None:
-        without_bias = {} if bias else {"bias": False}  # a keyword that not every torch has
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device=device,
-            dtype=dtype,
-            act=act,
-            **without_bias,
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, act=act, **more
         )
         self.process_group = process_group
 
