@@ -5,6 +5,7 @@
 # NORMKERN_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS reach the build (see setup.py).
 
 VENV ?= .venv
+EXTRAS ?= test,demo,bench
 
 ifdef PYTHON
   ENVIRONMENT :=
@@ -12,7 +13,7 @@ ifdef PYTHON
 else
   PYTHON := $(abspath $(VENV))/bin/python
   ENVIRONMENT := $(VENV)/made
-  INSTALL := $(PYTHON) -m pip install -q --no-build-isolation -e '.[test,demo,bench]'
+  INSTALL := $(PYTHON) -m pip install -q --no-build-isolation -e '.[$(EXTRAS)]'
 endif
 export PATH := $(dir $(PYTHON)):$(PATH)
 # The pinned torch; where there is an NVIDIA GPU, any that fits its driver.
