@@ -82,11 +82,17 @@ int run(const Problem& p, Request request, const Gpu& gpu, Pass pass, const Args
   emulator::set_last_error("");
   try {
     request.pass = pass;
-    const Plan plan = make_plan(p, request, gpu);
-    if (plan_out) *plan_out = plan;
     emulator::options.sms = gpu.sms;
     emulator::options.shared_limit = gpu.smem_per_block;
     emulator::options.shared_per_sm = gpu.smem_per_sm;
+    Plan plan = make_plan(p, request, gpu);
+    bool fits = true;
+    if (const int error = cuda::resident(p, plan, pass, fits)) return error;
+    if (!fits) {
+      request.strategy = Strategy::split;
+      plan = make_plan(p, request, gpu);
+    }
+    if (plan_out) *plan_out = plan;
     Workspace workspace(plan.workspace_bytes);
     buffers.workspace(workspace.data(), plan.workspace_bytes);
     const int error = entry(p, plan, args, workspace.data(), nullptr);
@@ -116,11 +122,18 @@ NK_API void nk_options(uint64_t seed, int resident_clusters, int yield_percent, 
   emulator::options.preempt_ppm = preempt_ppm;
 }
 
+// What holds places on the chip beside the kernels: multiprocessors, and room that large clusters would need.
+NK_API void nk_occupy(int64_t busy_sms, int largest_cluster) {
+  emulator::options.busy_sms = busy_sms;
+  emulator::options.largest_cluster = largest_cluster;
+}
+
 // Sizes of the structs, in the order of backend.py's mirrors: a mirror that has fallen behind shows at once.
 NK_API int nk_sizes(int64_t* sizes, int room) {
   const int64_t all[] = {sizeof(Domain),      sizeof(Problem),      sizeof(Param),       sizeof(Grad),
                          sizeof(ForwardArgs), sizeof(BackwardArgs), sizeof(MomentsArgs), sizeof(Gpu),
-                         sizeof(Request),     sizeof(Launch),       sizeof(Reduce),      sizeof(Plan)};
+                         sizeof(Request),     sizeof(Launch),       sizeof(Reduce),      sizeof(Team),
+                         sizeof(Plan)};
   const int count = int(sizeof all / sizeof all[0]);
   for (int i = 0; i < count && i < room; ++i) sizes[i] = all[i];
   return count;

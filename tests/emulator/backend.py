@@ -25,7 +25,7 @@ from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MODES = ("plain", "checked", "asan")
-STRATEGIES = ("automatic", "warp", "block", "split")
+STRATEGIES = ("automatic", "warp", "block", "cluster", "subgrid", "split")
 WALKS = ("rows", "columns")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -137,11 +137,28 @@ class Reduce(Struct):
     ]
 
 
+class Team(Struct):
+    _fields_: ClassVar[Fields] = [
+        ("walk", ctypes.c_int32),
+        ("weights", ctypes.c_int32),
+        ("weight_sums", ctypes.c_bool),
+        ("blocks", ctypes.c_int),
+        ("by_lines", ctypes.c_bool),
+        ("cluster", ctypes.c_bool),
+        ("width", ctypes.c_int),
+        ("lanes", ctypes.c_int),
+        ("seats", ctypes.c_int),
+        ("stages", ctypes.c_int),
+        ("columns", ctypes.c_int64),
+        ("units", ctypes.c_int64),
+    ]
+
+
 class Plan(Struct):
     _fields_: ClassVar[Fields] = [
         ("strategy", ctypes.c_int32),
         ("vec", ctypes.c_int),
-        ("lanes", ctypes.c_int),
+        ("team", Team),
         ("fused", Launch),
         ("map", Launch),
         ("reduce", Reduce),
@@ -158,13 +175,16 @@ class Plan(Struct):
 
 # In the order of nk_sizes().
 MIRRORS = [
-    CDomain, CProblem, CVector, CVector, CForwardArgs, CBackwardArgs, CMomentsArgs, Gpu, CRequest, Launch, Reduce, Plan,
+    CDomain, CProblem, CVector, CVector, CForwardArgs, CBackwardArgs, CMomentsArgs, Gpu, CRequest, Launch, Reduce, Team,
+    Plan,
 ]  # fmt: skip
 
-H200 = Gpu(132, 232448, 233472, 60 << 20, 8)
-# One multiprocessor with little shared memory: blocks must go round their loops, whose later turns are where the
+H200 = Gpu(132, 232448, 233472, 60 << 20, 16)
+# Few multiprocessors with little shared memory: blocks must go round their loops, whose later turns are where the
 # hazards are. A block may still have as much as on a real chip.
-TINY = Gpu(1, 232448, 16384, 0, 1)
+TINY = Gpu(1, 232448, 16384, 0, 4)
+SMALL = Gpu(5, 232448, 49152, 0, 8)
+CHIPS = (H200, TINY, SMALL, TINY)
 
 # ---- the libraries
 
@@ -349,7 +369,7 @@ class EmulatedBackend:
         self._check_sizes(problem, x, buffers)
         draw = zlib.crc32(repr((problem, x.dtype, function)).encode())
         seed = draw % 8 if self.seed is None else self.seed
-        gpu = (TINY if draw >> 8 & 1 else H200) if self.gpu is None else self.gpu
+        gpu = CHIPS[draw >> 8 & 3] if self.gpu is None else self.gpu
         aligned = all((_pointer(tensor) or 0) % 16 == 0 for tensor in buffers)
         c_problem = CProblem(
             CDomain(*problem.stats.sizes), CDomain(*problem.affine.sizes),
