@@ -180,7 +180,7 @@ void bind_plans(py::module_& m) {
               Field{"weight_sums", &Team::weight_sums}, Field{"blocks", &Team::blocks}, Field{"by_lines", &Team::by_lines},
               Field{"cluster", &Team::cluster}, Field{"width", &Team::width}, Field{"lanes", &Team::lanes},
               Field{"seats", &Team::seats}, Field{"stages", &Team::stages}, Field{"columns", &Team::columns},
-              Field{"units", &Team::units});
+              Field{"teams", &Team::teams});
   bind_record(m, "Plan", Field{"strategy", &Plan::strategy}, Field{"vec", &Plan::vec}, Field{"team", &Plan::team},
               Field{"fused", &Plan::fused}, Field{"map", &Plan::map}, Field{"reduce", &Plan::reduce},
               Field{"affine", &Plan::affine}, Field{"workspace_bytes", &Plan::workspace_bytes},

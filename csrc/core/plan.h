@@ -221,9 +221,12 @@ constexpr Plan plan_fused(const Problem& p, const Request& request, int vec, Str
     const int64_t quarter = 3 * units.batch * size / (16 * compute_size(p.dtype));
     teams = least(teams, most(least(bound / blocks, most(quarter, gpu.sms / 4)), 1));
   }
-  team.units = round_up(ceil_div(units.count(), least(teams, ceil_div(units.count(), team.seats))), team.seats);
-  if (rows && units.beside > 1) team.units = most(team.units, ceil_div(units.batch, most(bound / blocks - 1, 1)));
-  plan.fused.blocks = team.teams(units) * blocks;
+  team.teams = least(teams, ceil_div(units.count(), team.seats));
+  if (rows && units.beside > 1) {
+    const int64_t shortest = ceil_div(units.batch, most(bound / blocks - 1, 1));
+    team.teams = least(team.teams, most(units.count() / shortest, 1));
+  }
+  plan.fused.blocks = team.teams * blocks;
   return plan;
 }
 
@@ -292,7 +295,7 @@ constexpr Workspace workspace_of(const Problem& p, const Plan& plan, Pass pass) 
     const Team& t = plan.team;
     const Units u = units_of(p, t.walk, t.weights, t.columns);
     const WeightRows rows = weight_rows(u, t);
-    const int64_t teams = plan.strategy == Strategy::subgrid ? t.teams(u) : 0;
+    const int64_t teams = plan.strategy == Strategy::subgrid ? t.teams : 0;
     w.boxes = ticket_bytes(rows.tickets + teams);
     w.rows = w.boxes + round_up(teams * 2 * t.blocks * u.groups * kSumsBytes, kAlign);
     w.reduce = w.rows + round_up(rows.rows * p.affine.groups() * 2 * compute_size(p.dtype), kAlign);
@@ -350,7 +353,7 @@ constexpr Plan choose_fused(const Problem& p, const Request& request, int vec, c
   if (d.rows > 1 && d.keep * d.cols * size < kNarrowSlabBytes) return split;
 
   const bool row = weights == Weights::column && d.rows == 1;
-  const int64_t wanted = 2 * int64_t(gpu.sms), share_limit = row ? kRowBytes : kShareBytes;
+  const int64_t wanted = 7 * int64_t(gpu.sms) / 4, share_limit = row ? kRowBytes : kShareBytes;
   Plan widest = split;
   for (int blocks = 1; blocks <= kPortableCluster && blocks <= gpu.max_cluster; blocks *= 2) {
     const Plan plan = with(blocks == 1 ? Strategy::block : Strategy::cluster, blocks);
@@ -359,7 +362,7 @@ constexpr Plan choose_fused(const Problem& p, const Request& request, int vec, c
     const Units u = units_of(p, plan.team.walk, plan.team.weights, plan.team.columns);
     const int64_t share = staged * u.groups / blocks;
     // Teams are few where their sums for the weights would cost too much: then each has more blocks.
-    const bool filled = plan.fused.blocks >= gpu.sms || plan.team.units == plan.team.seats;
+    const bool filled = plan.fused.blocks >= gpu.sms || plan.team.teams * plan.team.seats >= u.count();
     const bool enough = share <= kSmallShareBytes || u.count() * blocks >= wanted;
     if (share <= share_limit && filled && enough) return plan;
   }

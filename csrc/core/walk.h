@@ -147,10 +147,16 @@ struct Team {
   int seats = 1;           // units that a block holds side by side, with width * lanes threads each
   int stages = 1;          // units on the chip at a time; the second is on its way while the first is computed
   int64_t columns = 0;     // of a unit
-  int64_t units = 0;       // neighbours in order, that a team walks
+  int64_t teams = 0;       // each walks a range of neighbouring units, all of about the same length
 
   constexpr int threads() const { return width * lanes; }
-  constexpr int64_t teams(const Units& u) const { return ceil_div(u.count(), units); }
+  // The first unit of a team, a multiple of the seats; that of team `teams` is past the last unit.
+  constexpr int64_t first(const Units& u, int64_t team) const {
+    return team * ceil_div(u.count(), seats) / teams * seats;
+  }
+  constexpr int64_t team_of(const Units& u, int64_t unit) const {
+    return ((unit / seats + 1) * teams - 1) / ceil_div(u.count(), seats);
+  }
   constexpr int64_t block_lines(const Units& u) const { return by_lines ? ceil_div(u.lines, blocks) : u.lines; }
   // A multiple of the access, so that every share begins where the unit does within an access.
   constexpr int64_t block_columns(const Units& u, int64_t vec) const {
@@ -209,11 +215,12 @@ struct WeightRows {
 constexpr WeightRows weight_rows(const Units& u, const Team& t) {
   WeightRows w;
   if (!t.weight_sums || t.weights == Weights::group) return w;  // a group has one sum, and writes it
-  const int64_t touching = (u.batch + t.units - 2) / t.units + 1;  // teams that meet `batch` neighbours, at most
+  const int64_t shortest = u.count() / t.seats / t.teams * t.seats;
+  const int64_t touching = shortest == 0 ? t.teams : (u.batch + shortest - 2) / shortest + 1;  // by `batch` neighbours
   const bool own = t.walk == Walk::rows && t.weights == Weights::column;
   w.copies = own ? 1 : t.blocks;
   w.ranks = own ? t.blocks : 1;
-  w.rows = least(touching, t.teams(u)) * w.copies;
+  w.rows = least(touching, t.teams) * w.copies;
   w.tickets = u.beside * w.ranks * w.tickets_each();
   return w;
 }

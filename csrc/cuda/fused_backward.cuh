@@ -121,8 +121,9 @@ __global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_bac
 
   int set = 0;  // the k whose sums are held
   const auto leave = [&] {
-    const int64_t first_team = set * units.batch / team.units, end = (set + 1) * units.batch - 1;
-    const int64_t last_team = end / team.units, here = seat.team() - first_team, rows = last_team - first_team + 1;
+    const int64_t first_team = team.team_of(units, set * units.batch);
+    const int64_t here = seat.team() - first_team, end = (set + 1) * units.batch;
+    const int64_t rows = team.team_of(units, end - 1) - first_team + 1;
     if (own_columns) {
       __syncthreads();
       const int64_t first = seat.first_column(), left = units.columns - first, n = left < width ? left : width;

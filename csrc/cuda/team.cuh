@@ -83,8 +83,8 @@ class Seat {
       seat_ = 0;
       lane_ = 1 << 30;
     }
-    const int first = team() * int(f.team.units), left = int(f.units.count()) - first;
-    const int count = left < int(f.team.units) ? left : int(f.team.units);
+    const int first = int(f.team.first(f.units, team())), end = int(f.team.first(f.units, team() + 1));
+    const int count = (end < f.units.count() ? end : int(f.units.count())) - first;
     rounds_ = (count + f.team.seats - 1) / f.team.seats;
     left_ = count - seat_;
     k_ = (first + seat_) / int(f.units.batch);

@@ -115,8 +115,18 @@ void units() {
               }
             for (const int times : seen) check(times == 1, "an element is in %d shares", times);
             check(team.depth(u, plan.vec) * team.threads() >= lines * team.slots(u, plan.vec), "room for every access");
-            check(team.teams(u) * team.blocks == plan.fused.blocks, "every team has its blocks");
-            check((team.teams(u) - 1) * team.units < u.count(), "every team has a unit");
+            check(team.teams * team.blocks == plan.fused.blocks, "every team has its blocks");
+            check(team.first(u, 0) == 0 && team.first(u, team.teams) >= u.count(), "teams cover the units");
+            for (int64_t one = 0; one < team.teams; ++one) {
+              const int64_t first = team.first(u, one), past = least(team.first(u, one + 1), u.count());
+              check(first < past, "every team has a unit");
+              check(team.team_of(u, first) == one && team.team_of(u, past - 1) == one, "team of unit %ld", long(first));
+            }
+            const WeightRows rows = weight_rows(u, team);
+            for (int64_t k = 0; k < u.beside; ++k) {
+              const int64_t touching = team.team_of(u, (k + 1) * u.batch - 1) - team.team_of(u, k * u.batch) + 1;
+              check(rows.rows == 0 || touching * rows.copies <= rows.rows, "a row for every team");
+            }
             check(weight_rows(u, team).rows <= 2 * most(gpu.sms, team.blocks), "rows of sums: %ld", long(weight_rows(u, team).rows));
           }
 }

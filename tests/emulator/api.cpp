@@ -33,6 +33,9 @@ class Buffers {
   }
   void in(const Param& param, int64_t count, const char* name) { in(param.data, count, size_of(param.dtype), name); }
   void out(const Grad& grad, int64_t count, const char* name) { out(grad.data, count, size_of(grad.dtype), name); }
+  void changed(const Grad& grad, int64_t count, const char* name) {
+    add(grad.data, count, size_of(grad.dtype), Use::InOut, name);
+  }
   void workspace(void* data, int64_t bytes) { add(data, bytes, 1, Use::Out, "workspace", 4); }
   void require_outputs() const {
     for (void* data : outputs_) emulator::require_written(data);
@@ -133,7 +136,7 @@ NK_API int nk_sizes(int64_t* sizes, int room) {
   const int64_t all[] = {sizeof(Domain),      sizeof(Problem),      sizeof(Param),       sizeof(Grad),
                          sizeof(ForwardArgs), sizeof(BackwardArgs), sizeof(MomentsArgs), sizeof(Gpu),
                          sizeof(Request),     sizeof(Launch),       sizeof(Reduce),      sizeof(Team),
-                         sizeof(Plan)};
+                         sizeof(Plan),        sizeof(RunningArgs)};
   const int count = int(sizeof all / sizeof all[0]);
   for (int i = 0; i < count && i < room; ++i) sizes[i] = all[i];
   return count;
@@ -180,4 +183,20 @@ NK_API int nk_moments(const Problem* p, const Request* request, const Gpu* gpu, 
   buffers.out(a->mean_out, groups, sizeof(double), "mean_out");
   buffers.out(a->var_out, groups, sizeof(double), "var_out");
   return run(*p, *request, *gpu, Pass::moments, *a, buffers, plan, cuda::moments);
+}
+
+NK_API int nk_update_running(const RunningArgs* a) {
+  emulator::set_last_error("");
+  const int64_t channels = a->channels, moments = a->batch * channels, size = int64_t(sizeof(double));
+  Buffers buffers;
+  buffers.in(a->batch_mean, moments, size, "batch_mean");
+  buffers.in(a->batch_var, moments, size, "batch_var");
+  buffers.changed(a->mean, channels, "running_mean");
+  buffers.changed(a->var, channels, "running_var");
+  try {
+    return cuda::update_running(*a, nullptr);
+  } catch (const std::exception& error) {
+    emulator::set_last_error(error.what());
+    return kUnknownError;
+  }
 }

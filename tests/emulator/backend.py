@@ -105,6 +105,19 @@ class CMomentsArgs(Struct):
     _fields_: ClassVar[Fields] = [(name, ctypes.c_void_p) for name in ("x", "mean_out", "var_out")]
 
 
+class CRunningArgs(Struct):
+    _fields_: ClassVar[Fields] = [
+        ("mean", CVector),
+        ("var", CVector),
+        ("batch_mean", ctypes.c_void_p),
+        ("batch_var", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("count", ctypes.c_double),
+        ("momentum", ctypes.c_double),
+    ]
+
+
 class Gpu(Struct):
     _fields_: ClassVar[Fields] = [
         ("sms", ctypes.c_int),
@@ -150,7 +163,7 @@ class Team(Struct):
         ("seats", ctypes.c_int),
         ("stages", ctypes.c_int),
         ("columns", ctypes.c_int64),
-        ("units", ctypes.c_int64),
+        ("teams", ctypes.c_int64),
     ]
 
 
@@ -176,7 +189,7 @@ class Plan(Struct):
 # In the order of nk_sizes().
 MIRRORS = [
     CDomain, CProblem, CVector, CVector, CForwardArgs, CBackwardArgs, CMomentsArgs, Gpu, CRequest, Launch, Reduce, Team,
-    Plan,
+    Plan, CRunningArgs,
 ]  # fmt: skip
 
 H200 = Gpu(132, 232448, 233472, 60 << 20, 16)
@@ -241,6 +254,8 @@ def load(mode: str) -> ctypes.CDLL:
     library.nk_last_error.restype = ctypes.c_char_p
     for name in ("nk_forward", "nk_backward", "nk_moments"):
         getattr(library, name).argtypes = [ctypes.c_void_p] * 5
+    library.nk_update_running.argtypes = [ctypes.c_void_p]
+    library.nk_occupy.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.nk_options.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     sizes = (ctypes.c_int64 * 64)()
     count = library.nk_sizes(sizes, 64)
@@ -347,6 +362,18 @@ class EmulatedBackend:
         args = CMomentsArgs(_pointer(x), _pointer(mean_out), _pointer(var_out))
         self._run("nk_moments", problem, x, args, [x])
         return mean_out, var_out
+
+    def update_running(
+        self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+    ) -> bool:
+        channels = running_mean.numel()
+        args = CRunningArgs(
+            _vector(running_mean), _vector(running_var), _pointer(mean), _pointer(var),
+            mean.numel() // channels, channels, count, momentum,
+        )  # fmt: skip
+        if self.library.nk_update_running(ctypes.byref(args)):
+            raise RuntimeError(self.library.nk_last_error().decode())
+        return True
 
     def _moment_outputs(self, problem: Problem, save: bool) -> tuple[Tensor, Tensor]:
         groups = problem.stats.groups if save else 0
