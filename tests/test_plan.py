@@ -67,8 +67,8 @@ def reduce_text(reduce: Reduce) -> str:
 
 
 def text(plan: Plan) -> str:
-    """Strategy, width and launches, as blocks x threads + shared memory; a reduction as walk/parts. Of a team: its blocks,
-    threads along and down the lines, units side by side; sums of weights on the way, walk by columns, two stages."""
+    """Strategy, width and launches, as blocks x threads + shared memory; a reduction as walk/parts. Of a team: its
+    blocks, threads along and down the lines, seats; walk by columns, sums of weights on the way, two stages."""
     parts = [f"{plan.strategy.name} v{plan.vec}"]
     if plan.fused.blocks:
         team = plan.team

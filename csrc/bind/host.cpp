@@ -177,10 +177,10 @@ void bind_plans(py::module_& m) {
   bind_record(m, "Reduce", Field{"walk", &Reduce::walk}, Field{"parts", &Reduce::parts},
               Field{"launch", &Reduce::launch}, Field{"workspace_bytes", &Reduce::workspace_bytes});
   bind_record(m, "Team", Field{"walk", &Team::walk}, Field{"weights", &Team::weights},
-              Field{"weight_sums", &Team::weight_sums}, Field{"blocks", &Team::blocks}, Field{"by_lines", &Team::by_lines},
-              Field{"cluster", &Team::cluster}, Field{"width", &Team::width}, Field{"lanes", &Team::lanes},
-              Field{"seats", &Team::seats}, Field{"stages", &Team::stages}, Field{"columns", &Team::columns},
-              Field{"teams", &Team::teams});
+              Field{"weight_sums", &Team::weight_sums}, Field{"blocks", &Team::blocks},
+              Field{"by_lines", &Team::by_lines}, Field{"cluster", &Team::cluster}, Field{"width", &Team::width},
+              Field{"lanes", &Team::lanes}, Field{"seats", &Team::seats}, Field{"stages", &Team::stages},
+              Field{"columns", &Team::columns}, Field{"teams", &Team::teams});
   bind_record(m, "Plan", Field{"strategy", &Plan::strategy}, Field{"vec", &Plan::vec}, Field{"team", &Plan::team},
               Field{"fused", &Plan::fused}, Field{"map", &Plan::map}, Field{"reduce", &Plan::reduce},
               Field{"affine", &Plan::affine}, Field{"workspace_bytes", &Plan::workspace_bytes},

@@ -21,9 +21,9 @@ struct Gpu {
 
 enum class Pass : int32_t { forward, backward, moments };
 
-// Who holds a group while it is read once: a warp or part of one, a block, a cluster of blocks, or a sub-grid: blocks of a
-// cooperative launch. split reads twice and takes any size. automatic lets make_plan choose; a named strategy is taken
-// where the problem and the chip allow it, else split.
+// Who holds a group while it is read once: a warp or part of one, a block, a cluster of blocks, or a sub-grid: blocks
+// of a cooperative launch. split reads twice and takes any size. automatic lets make_plan choose; a named strategy is
+// taken where the problem and the chip allow it, else split.
 enum class Strategy : int32_t { automatic, warp, block, cluster, subgrid, split };
 
 struct Request {
@@ -46,8 +46,8 @@ struct Reduce {
   int64_t workspace_bytes = 0;
 };
 
-// strategy split: `reduce`, then `map`; any other: `fused` does everything that the statistics domain decides in one read,
-// dweight and dbias too unless `affine`, their reduction, is a launch of its own.
+// strategy split: `reduce`, then `map`; any other: `fused` does everything that the statistics domain decides in one
+// read, dweight and dbias too unless `affine`, their reduction, is a launch of its own.
 struct Plan {
   Strategy strategy = Strategy::split;
   int vec = 1;  // elements an access moves: 16 bytes' worth, or 1
@@ -109,9 +109,9 @@ constexpr Reduce plan_reduce(const Domain& domain, DType t, int vec, int values,
 
 // ---- fused plans. Every k...Bytes and the limits beside them are from a byte count on paper: untuned.
 
-constexpr int64_t kWarpBytes = 4096;            // of a group that a warp takes
-constexpr int64_t kRowBytes = 32 * 1024;        // staged by a block for a row whose elements all have weights of their own
-constexpr int64_t kShareBytes = 128 * 1024;     // staged by a block for other groups
+constexpr int64_t kWarpBytes = 4096;         // of a group that a warp takes
+constexpr int64_t kRowBytes = 32 * 1024;     // staged by a block for a row whose elements all have weights of their own
+constexpr int64_t kShareBytes = 128 * 1024;  // staged by a block for other groups
 constexpr int64_t kSmallShareBytes = 16 * 1024;  // so little is not shared out further, however idle the chip is
 constexpr int64_t kSlabBytes = 128, kNarrowSlabBytes = 64;  // of a line that a block owns in a walk by columns
 constexpr int kPortableCluster = 8, kLargestCluster = 16;
@@ -279,8 +279,8 @@ constexpr Plan try_subgrid(const Problem& p, const Request& request, int vec, in
 }
 
 // The parts of the workspace, as offsets. For fused plans: tickets and barriers, what the blocks of sub-grids tell each
-// other, and rows of sums for the weights. Then tickets and partials of each reduction; then per-group arrays in compute
-// type: the mean in two parts and 1/std, which `map` and `affine` read, and the two averages of backward.
+// other, and rows of sums for the weights. Then tickets and partials of each reduction; then per-group arrays in
+// compute type: the mean in two parts and 1/std, which `map` and `affine` read, and the two averages of backward.
 struct Workspace {
   int64_t boxes = 0, rows = 0, reduce = 0, affine = 0, arrays = 0, array_bytes = 0, bytes = 0;
 };

@@ -89,8 +89,8 @@ constexpr Tile tile_of(const Domain& d, int vec, int64_t columns = kColumnThread
 
 // ---- fused kernels
 
-// What has a weight of its own in the units of a fused kernel: a group, a line or a column. The sums of dweight and dbias
-// are then theirs, too. none: anything else.
+// What has a weight of its own in the units of a fused kernel: a group, a line or a column. The sums of dweight and
+// dbias are then theirs, too. none: anything else.
 enum class Weights : int32_t { none, group, line, column };
 
 // Shorter runs than this are no lines of a fused kernel: too little of every access would be used.
@@ -106,9 +106,9 @@ constexpr Weights weights_of(const Problem& p) {
   return Weights::none;
 }
 
-// A unit is what a team of threads or blocks holds at once: `lines` lines of `columns` elements, `pitch` apart: a group,
-// or (walk by columns) groups side by side. Unit k * batch + b begins at b * outer + k * inner, and units of one k have
-// the same channels.
+// A unit is what a team of threads or blocks holds at once: `lines` lines of `columns` elements, `pitch` apart: a
+// group, or (walk by columns) groups side by side. Unit k * batch + b begins at b * outer + k * inner, and units of one
+// k have the same channels.
 struct Units {
   int64_t batch = 1, beside = 1, outer = 0, inner = 0;
   int64_t lines = 1, pitch = 0, columns = 1;
@@ -139,15 +139,15 @@ struct Team {
   Walk walk = Walk::rows;
   Weights weights = Weights::none;
   bool weight_sums = false;  // dweight and dbias are added up on the way
-  int blocks = 1;          // that share a unit
-  bool by_lines = false;   // they share out its lines; else its columns
-  bool cluster = false;    // they are a cluster and meet in distributed shared memory; else in global memory
-  int width = 0;           // threads of a block side by side on a line
-  int lanes = 0;           // such rows of threads, on different lines
-  int seats = 1;           // units that a block holds side by side, with width * lanes threads each
-  int stages = 1;          // units on the chip at a time; the second is on its way while the first is computed
-  int64_t columns = 0;     // of a unit
-  int64_t teams = 0;       // each walks a range of neighbouring units, all of about the same length
+  int blocks = 1;            // that share a unit
+  bool by_lines = false;     // they share out its lines; else its columns
+  bool cluster = false;      // they are a cluster and meet in distributed shared memory; else in global memory
+  int width = 0;             // threads of a block side by side on a line
+  int lanes = 0;             // such rows of threads, on different lines
+  int seats = 1;             // units that a block holds side by side, with width * lanes threads each
+  int stages = 1;            // units on the chip at a time; the second is on its way while the first is computed
+  int64_t columns = 0;       // of a unit
+  int64_t teams = 0;         // each walks a range of neighbouring units, all of about the same length
 
   constexpr int threads() const { return width * lanes; }
   // The first unit of a team, a multiple of the seats; that of team `teams` is past the last unit.
@@ -196,8 +196,7 @@ constexpr FusedMemory fused_memory(const Units& u, const Team& t, DType dtype, i
   m.bytes = m.sums;
   if (by_line) m.bytes += u.lines * kSumsBytes;
   if (by_column && columns) m.bytes += u.columns * kSumsBytes;
-  if (by_column && !columns)
-    m.bytes += round_up(t.seats * round_up(t.block_columns(u, vec), vec) * pair, kAccessBytes);
+  if (by_column && !columns) m.bytes += round_up(t.seats * round_up(t.block_columns(u, vec), vec) * pair, kAccessBytes);
   return m;
 }
 

@@ -54,9 +54,8 @@ int moments(const Problem& p, const Plan& plan, const MomentsArgs& a, void* work
 }
 
 int resident(const Problem& p, const Plan& plan, Pass pass, bool& yes) {
-  return with_element(p.dtype, [&](auto element) {
-    return resident_of<typename decltype(element)::Type>(p, plan, pass, yes);
-  });
+  return with_element(p.dtype,
+                      [&](auto element) { return resident_of<typename decltype(element)::Type>(p, plan, pass, yes); });
 }
 
 }  // namespace normkern::cuda

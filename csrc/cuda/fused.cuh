@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_for
     const Spot s = stager.take(at);
     Chunk own{0, s.lines > 0 ? 1 : 0};
     if constexpr (C) own = seat.own_columns(s);
-    // Any value of the group will do to keep a large mean out of the sums; a second moment must not have one. By columns
-    // it is that of the first line, so that all lines of a column have the same.
+    // Any value of the group will do to keep a large mean out of the sums; a second moment must not have one. By
+    // columns it is that of the first line, so that all lines of a column have the same.
     A shift[N] = {}, mean[N], rest[N] = {};
     if (!f.second) {
       if constexpr (C) {

@@ -29,7 +29,8 @@ struct WeightSums {
     row(index)[channels + channel] = A(s.second);
   }
 
-  // One of `count` blocks that have left a row, `mine`, for `n` channels from `first` on. `set` tells these from others.
+  // One of `count` blocks that have left a row, `mine`, for `n` channels from `first` on. `set` tells these from
+  // others.
   NK_DEVICE void finish(int64_t set, int64_t mine, int64_t count, int64_t first, int64_t n) const {
     constexpr int kCell = WeightRows::kCell;
     unsigned* const ticket = tickets + set * shape.tickets_each();
@@ -160,7 +161,8 @@ __global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_bac
     for (int i = 0; i < N; ++i) {
       const int64_t group = seat.group(s) + (C ? seat.group_of(own.e + (i < own.n ? i : 0)) : 0);
       if (i < own.n)
-        normalizer[i] = Normalizer<A>::of(f.second ? 0 : read<double>(f.mean, group), read<double>(f.var, group), f.eps);
+        normalizer[i] =
+            Normalizer<A>::of(f.second ? 0 : read<double>(f.mean, group), read<double>(f.var, group), f.eps);
     }
 
     // Both sweeps need these; to keep them in between would cost more than to compute them again.

@@ -60,8 +60,10 @@ class Launcher {
     const bool large_cluster = plan_.strategy == Strategy::cluster && plan_.team.blocks > kPortableCluster;
     if (plan_.strategy != Strategy::subgrid && !large_cluster) return 0;
     if (pass != Pass::backward)
-      return can_be_resident(fused_config(), by_columns() ? fused_forward<T, V, true> : fused_forward<T, V, false>, yes);
-    return can_be_resident(fused_config(), by_columns() ? fused_backward<T, V, true> : fused_backward<T, V, false>, yes);
+      return can_be_resident(fused_config(), by_columns() ? fused_forward<T, V, true> : fused_forward<T, V, false>,
+                             yes);
+    return can_be_resident(fused_config(), by_columns() ? fused_backward<T, V, true> : fused_backward<T, V, false>,
+                           yes);
   }
 
   int backward(const BackwardArgs& a) const {
@@ -276,9 +278,8 @@ int moments_of(const Problem& p, const Plan& plan, const MomentsArgs& a, void* w
 
 template <class T>
 int resident_of(const Problem& p, const Plan& plan, Pass pass, bool& yes) {
-  return with_width<T>(plan, [&](auto width) {
-    return Launcher<T, width.value>(p, plan, pass, nullptr, Stream()).resident(pass, yes);
-  });
+  return with_width<T>(
+      plan, [&](auto width) { return Launcher<T, width.value>(p, plan, pass, nullptr, Stream()).resident(pass, yes); });
 }
 
 #undef NK_CHECK_CUDA

@@ -1,5 +1,5 @@
-// team.cuh: who holds a unit of elements while it is read once (core/walk.h, Team): lanes of a warp, a block, a cluster,
-// or blocks of a cooperative launch. Where each thread of a team sits, and how the team's sums become one.
+// team.cuh: who holds a unit of elements while it is read once (core/walk.h, Team): lanes of a warp, a block, a
+// cluster, or blocks of a cooperative launch. Where each thread of a team sits, and how the team's sums become one.
 #pragma once
 
 #include "map.cuh"

@@ -80,12 +80,11 @@ void slots() {
 // Every element of a problem belongs to exactly one unit, line and column, and to one block of its team.
 void units() {
   const Gpu chips[] = {kH200, {5, 232448, 49152, 1 << 20, 8}};
-  const Domain pairs[][2] = {{{7, 1, 1, 203}, {1, 7, 203, 1}},     {{6, 1, 1, 4096}, {1, 6, 4096, 1}},
-                             {{12, 1, 1, 320}, {1, 2, 60, 32}},    {{12, 1, 1, 3 * 49}, {1, 2, 18, 49}},
-                             {{2, 35, 6, 10}, {1, 70, 60, 1}},     {{2, 64, 3, 5}, {1, 128, 15, 1}},
-                             {{1, 9, 31, 49}, {1, 9, 31, 49}},     {{1, 70, 24, 1}, {1, 70, 24, 1}},
-                             {{1, 40, 5, 300}, {1, 40, 5, 300}},   {{3, 30, 2, 128}, {1, 90, 256, 1}},
-                             {{8, 1, 1, 200}, {1, 2, 4, 200}},     {{3, 7, 11, 1}, {1, 3, 7, 11}}};
+  const Domain pairs[][2] = {
+      {{7, 1, 1, 203}, {1, 7, 203, 1}},     {{6, 1, 1, 4096}, {1, 6, 4096, 1}}, {{12, 1, 1, 320}, {1, 2, 60, 32}},
+      {{12, 1, 1, 3 * 49}, {1, 2, 18, 49}}, {{2, 35, 6, 10}, {1, 70, 60, 1}},   {{2, 64, 3, 5}, {1, 128, 15, 1}},
+      {{1, 9, 31, 49}, {1, 9, 31, 49}},     {{1, 70, 24, 1}, {1, 70, 24, 1}},   {{1, 40, 5, 300}, {1, 40, 5, 300}},
+      {{3, 30, 2, 128}, {1, 90, 256, 1}},   {{8, 1, 1, 200}, {1, 2, 4, 200}},   {{3, 7, 11, 1}, {1, 3, 7, 11}}};
   for (const Gpu& gpu : chips)
     for (const auto& pair : pairs)
       for (DType t : {DType::f32, DType::bf16})
@@ -127,7 +126,8 @@ void units() {
               const int64_t touching = team.team_of(u, (k + 1) * u.batch - 1) - team.team_of(u, k * u.batch) + 1;
               check(rows.rows == 0 || touching * rows.copies <= rows.rows, "a row for every team");
             }
-            check(weight_rows(u, team).rows <= 2 * most(gpu.sms, team.blocks), "rows of sums: %ld", long(weight_rows(u, team).rows));
+            check(weight_rows(u, team).rows <= 2 * most(gpu.sms, team.blocks), "rows of sums: %ld",
+                  long(weight_rows(u, team).rows));
           }
 }
 

@@ -197,7 +197,9 @@ H200 = Gpu(132, 232448, 233472, 60 << 20, 16)
 # hazards are. A block may still have as much as on a real chip.
 TINY = Gpu(1, 232448, 16384, 0, 4)
 SMALL = Gpu(5, 232448, 49152, 0, 8)
-CHIPS = (H200, TINY, SMALL, TINY)
+# Enough of them for sums that are merged in two rounds.
+MEDIUM = Gpu(20, 232448, 233472, 0, 16)
+CHIPS = (MEDIUM, TINY, SMALL, TINY)
 
 # ---- the libraries
 
