@@ -13,6 +13,7 @@ from normkern.functional import (
     moments,
     rms_norm,
 )
+from normkern.running import frozen_running_stats
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "add_rms_norm",
     "batch_norm",
     "explain",
+    "frozen_running_stats",
     "group_norm",
     "instance_norm",
     "layer_norm",

@@ -8,6 +8,7 @@
 #include "../core/plan.h"
 #include "../cpu/entry.h"
 #include "build_info.h"
+#include "direct.h"
 
 namespace py = pybind11;
 using namespace normkern;
@@ -207,10 +208,11 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Geometry, launch plans and facts of the build, without torch.";
+  m.doc() = "Geometry, launch plans, facts of the build and small calls on the CPU, without torch.";
   bind_enums(m);
   bind_geometry(m);
   bind_plans(m);
   m.attr("build_info") = build_info();
   m.def("cpu_instruction_set", &cpu::instruction_set);
+  if (bind::add_direct(m.ptr()) != 0) throw py::error_already_set();
 }

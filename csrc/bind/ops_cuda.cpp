@@ -109,6 +109,12 @@ struct Cuda {
     check(launch(p, plan, a, data_or_null(workspace), current_cuda_stream(device)), "launch failed");
   }
 
+  static void run(const RunningArgs& a, const Tensor& of) {
+    const int device = of.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check(cuda::update_running(a, current_cuda_stream(device)), "launch failed");
+  }
+
   static int launch(const Problem& p, const Plan& plan, const ForwardArgs& a, void* workspace, void* stream) {
     return cuda::forward(p, plan, a, workspace, stream);
   }
@@ -123,4 +129,7 @@ struct Cuda {
 }  // namespace
 }  // namespace normkern::bind
 
-STABLE_TORCH_LIBRARY_IMPL(normkern, CUDA, library) { normkern::bind::implement<normkern::bind::Cuda>(library); }
+STABLE_TORCH_LIBRARY_IMPL(normkern, CUDA, library) {
+  normkern::bind::implement<normkern::bind::Cuda>(library);
+  library.impl("update_running", TORCH_BOX(&normkern::bind::update_running<normkern::bind::Cuda>));
+}

@@ -120,7 +120,7 @@ def forced_backend() -> Backend | None:
 
 def select(x: Tensor) -> Backend:
     """The backend that runs a call on x."""
-    forced = forced_backend()
+    forced = forced_backend() if _forced_anywhere or _environment is not None else None
     if forced is not None:
         why = forced.why_not(x)
         if why is not None:
