@@ -15,9 +15,9 @@ from cases import CASES, Case, small, subset
 import normkern
 from normkern.backends import BACKENDS
 
-STRATEGIES = ("automatic", "warp", "block", "split")
+STRATEGIES = ("automatic", "warp", "block", "cluster", "subgrid", "split")
 # Emulated kernels run a fiber per CUDA thread under an access checker: so many cases by default, the rest with --slow.
-EMULATED_CASES = {"automatic": 400, "warp": 100, "block": 100, "split": 150}
+EMULATED_CASES = {"automatic": 250, "warp": 80, "block": 100, "cluster": 100, "subgrid": 100, "split": 100}
 # The largest share of its error bound that each backend used, for --bounds.
 USED: dict[tuple[str, str, str], float] = defaultdict(float)
 
