@@ -1,0 +1,313 @@
+"""triton_plan.py: how a problem is cut into Triton programs, as a value.
+
+A pure function of (problem, element size, chip), like csrc/core/plan.h, so that every row of it can be tested on any
+machine. A kernel sees the dense buffer as lines of `width` elements and reads tiles of `lines x columns` of them; the
+group of an element is that of its line's first element plus that of its column, in both domains.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from normkern.problem import Domain, Moments, Problem
+
+RUN_BYTES = 128  # shorter runs of a group are read across groups: one cache line of device memory
+FUSED_RUN_BYTES = 64  # runs that a fused tile may be made of: two sectors
+MOST_WARPS = 16
+# Elements that a thread holds of each tensor; more would spill (bench/results/triton/resources.csv).
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS, REDUCE_ELEMENTS, MAP_ELEMENTS = 32, 16, 8, 16
+WAVES = 4  # programs per processor that a split reduction aims at
+ALIGNMENT = 16  # elements; the widest access is 16 bytes of 1 or more bytes each
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the planner must know of a GPU: its multiprocessors, and the threads of a warp."""
+
+    processors: int
+    warp: int = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program holds at a time: powers of two, at least as large as what is used of them."""
+
+    lines: int
+    columns: int
+    warps: int
+
+    @property
+    def elements(self) -> int:
+        return self.lines * self.columns
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The buffer as [batch, rows, keep, width]; a program walks the rows of one (batch, keep)."""
+
+    batch: int
+    rows: int
+    keep: int
+    width: int
+
+    @property
+    def groups(self) -> int:
+        return self.batch * self.keep
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.width
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where a domain's group of an element comes from. `column`: 0 not from its column, 1 the column is the group,
+    2 column // cols, 3 that and the wrap at the end of a line of the domain."""
+
+    block: int
+    cols: int
+    keep: int
+    line: bool
+    column: int
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """One reduction: programs leave partial results, which lie as `partials`, and a second launch merges them.
+
+    `across` programs stand side by side on a line of neighbouring groups; with 1 a program's lines are one group's.
+    """
+
+    lines: Lines
+    tile: Tile
+    by_column: bool
+    across: int
+    parts: int
+    steps: int  # of each program
+    column_tiles: int
+    programs: int
+    partials: Domain
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A whole norm in one read. `whole`: every line of the tile is a group; else the tile is one group."""
+
+    lines: Lines
+    tile: Tile
+    whole: bool
+    programs: int
+    # Backward: how dweight and dbias come about, "" not here, "group" from the group's own sums, "line" from each
+    # line's, "column" from sums that a program keeps over all its tiles; the last two leave partial results.
+    gradients: str = ""
+    partials: Domain = Domain()
+
+
+@dataclass(frozen=True)
+class Map:
+    """One element from its group."""
+
+    width: int
+    tile: Tile
+    column_tiles: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`fused`, or `reduce` (unless the moments are given) and `map`; `affine` where dweight and dbias take a
+    reduction of their own."""
+
+    fused: Fused | None = None
+    reduce: Reduce | None = None
+    map: Map | None = None
+    affine: Reduce | None = None
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_from(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def simplify(d: Domain) -> Domain:
+    """The same groups with as few extents above 1 as possible: contiguous groups have rows == 1."""
+    if d.keep == 1:
+        d = Domain(d.batch, 1, 1, d.rows * d.cols)
+    return Domain(d.batch * d.keep, 1, 1, d.cols) if d.rows == 1 else d
+
+
+def sums_shared(p: Problem) -> bool:
+    """Batch norm: the sums that dx needs are dweight and dbias, too."""
+    return p.moments != Moments.given and simplify(p.stats) == simplify(p.affine)
+
+
+def bounds(domain: Domain) -> list[int]:
+    """The lengths after which the group of an element changes: of a run, of a line of runs, of a batch."""
+    d = simplify(domain)
+    return [d.cols, d.keep * d.cols, d.rows * d.keep * d.cols]
+
+
+def index_of(domain: Domain, width: int) -> Index:
+    """The groups of `domain` in a buffer of lines of `width` elements."""
+    d = simplify(domain)
+    run, line, block = bounds(d)
+    if any(bound % width and width % bound for bound in (run, line, block)):
+        raise ValueError(f"triton: the groups of {domain} do not fit lines of {width} elements")
+    by_line = d.numel > width and (line > width or d.batch > 1)
+    column = 0 if width <= run else 1 if run == 1 and width <= line else 2 if width <= line else 3
+    return Index(block, d.cols, d.keep, by_line, column)
+
+
+def alignment(width: int) -> int:
+    """The largest power of two that every line's first element is a multiple of, as far as it matters."""
+    return math.gcd(width, ALIGNMENT)
+
+
+def warps_of(elements: int, each: int, chip: Chip) -> int:
+    return min(max(power_from(ceil_div(elements, each * chip.warp)), 1), MOST_WARPS)
+
+
+def largest_tile(each: int, size: int, chip: Chip) -> int:
+    """Elements of a tile with `each` of them in a thread; float64 takes two registers."""
+    return MOST_WARPS * chip.warp * each // (2 if size == 8 else 1)
+
+
+# ---- fused
+
+
+def plan_fused(p: Problem, size: int, chip: Chip, backward: bool, gradients: bool) -> Fused | None:
+    """One read, where a group fits into the registers of a program; else None."""
+    d = simplify(p.stats)
+    each = BACKWARD_ELEMENTS if backward else FORWARD_ELEMENTS
+    most = largest_tile(each, size, chip)
+    if d.rows == 1 and (lined := _lined(p, d, size, most)) is not None:
+        lines, whole = lined, False
+    elif d.rows == 1:
+        lines, whole = Lines(d.batch, 1, 1, d.cols), True
+    elif d.cols * size >= FUSED_RUN_BYTES:
+        lines, whole = Lines(d.batch, d.rows, d.keep, d.cols), False
+    else:
+        return None
+    columns = power_from(lines.width)
+    if (1 if whole else power_from(lines.rows)) * columns > most:
+        return None
+    if not whole:
+        rows = power_from(lines.rows)
+        tile = Tile(rows, columns, warps_of(rows * columns, each, chip))
+        fused = Fused(lines, tile, whole, lines.groups)
+    else:
+        # Two warps' worth of short groups to a program, but no fewer programs than processors.
+        rows = min(
+            max(2 * chip.warp * each // columns, 1), power_from(ceil_div(lines.batch, chip.processors)), 64
+        )
+        tile = Tile(rows, columns, warps_of(rows * columns, each, chip))
+        fused = Fused(lines, tile, whole, ceil_div(lines.batch, rows))
+    return with_gradients(p, fused, chip) if gradients else fused
+
+
+def _lined(p: Problem, d: Domain, size: int, most: int) -> Lines | None:
+    """Contiguous groups whose channels are runs: a line to each channel finds its weight without a division."""
+    run = simplify(p.affine).cols
+    if run >= d.cols or d.cols % run or run * size < RUN_BYTES:
+        return None
+    rows = d.cols // run
+    padded = power_from(rows) * power_from(run)
+    if padded > most or padded > 2 * power_from(d.cols) or 4 * padded > 7 * d.cols:
+        return None
+    return Lines(d.batch, rows, 1, run)
+
+
+def with_gradients(p: Problem, fused: Fused, chip: Chip) -> Fused:
+    """How dweight and dbias come out of the same read, where they can."""
+    a, width = simplify(p.affine), fused.lines.width
+    if sums_shared(p):
+        return replace(fused, gradients="group")
+    if not fused.whole and a.cols % width == 0:
+        return replace(fused, gradients="line", partials=Domain(a.batch, a.rows, a.keep, a.cols // width))
+    if fused.whole and a.batch == 1 and a.keep * a.cols == width:
+        # As many programs as run at once: each has a partial result of its own.
+        programs = min(fused.programs, chip.processors * max(MOST_WARPS // fused.tile.warps, 1))
+        return replace(
+            fused, gradients="column", programs=programs, partials=Domain(1, programs, a.keep, a.cols)
+        )
+    return fused
+
+
+# ---- split
+
+
+def plan_reduce(domain: Domain, size: int, chip: Chip) -> Reduce:
+    """Any number of groups of any size."""
+    d = simplify(domain)
+    elements = REDUCE_ELEMENTS * chip.warp * 8  # eight warps
+    by_column = d.cols * size < RUN_BYTES and d.groups > 1
+    if by_column:
+        lines = Lines(1, 1, 1, d.numel) if d.rows == 1 else Lines(d.batch, d.rows, 1, d.keep * d.cols)
+        columns = min(power_from(lines.width), max(RUN_BYTES // size, elements // power_from(lines.rows)), elements)
+        across = ceil_div(lines.width, columns)
+        rows = min(elements // columns, power_from(lines.rows))
+        column_tiles = 1
+        steps = ceil_div(lines.rows, rows)
+    else:
+        lines, across = Lines(d.batch, d.rows, d.keep, d.cols), 1
+        columns = min(power_from(lines.width), elements)
+        rows = min(elements // columns, power_from(lines.rows))
+        column_tiles = ceil_div(lines.width, columns)
+        steps = ceil_div(lines.rows, rows) * column_tiles
+    items = lines.groups * across
+    parts = min(max(ceil_div(WAVES * chip.processors, items), 1), steps)
+    steps_each = ceil_div(steps, parts)
+    parts = ceil_div(steps, steps_each)
+    if by_column:
+        partials = Domain(d.batch, parts, d.keep, d.cols) if d.rows > 1 else Domain(1, parts, d.groups, d.cols)
+    else:
+        partials = Domain(d.groups, 1, 1, parts)
+    tile = Tile(rows, columns, warps_of(rows * columns, REDUCE_ELEMENTS, chip))
+    return Reduce(lines, tile, by_column, across, parts, steps_each, column_tiles, items * parts, partials)
+
+
+def plan_map(p: Problem, size: int, chip: Chip) -> Map:
+    """Lines on which both groups are constant, where they are long enough; else the shortest that are."""
+    numel = p.stats.numel
+    both = bounds(p.stats) + bounds(p.affine) + [numel]
+    constant = min(simplify(p.stats).cols, simplify(p.affine).cols)
+    width = min((b for b in both if b * size >= RUN_BYTES and b >= constant), default=numel)
+    elements = MAP_ELEMENTS * chip.warp * 4 // (2 if size == 8 else 1)
+    columns = min(power_from(width), elements)
+    rows = min(elements // columns, power_from(numel // width))
+    tile = Tile(rows, columns, warps_of(rows * columns, MAP_ELEMENTS, chip))
+    column_tiles = ceil_div(width, columns)
+    return Map(width, tile, column_tiles, column_tiles * ceil_div(numel // width, rows))
+
+
+# ---- the three passes
+
+
+def plan_moments(p: Problem, size: int, chip: Chip, split: bool = False) -> Plan:
+    fused = None if split else plan_fused(p, size, chip, False, False)
+    return Plan(fused=fused) if fused else Plan(reduce=plan_reduce(p.stats, size, chip))
+
+
+def plan_forward(p: Problem, size: int, chip: Chip, split: bool = False) -> Plan:
+    given = p.moments == Moments.given
+    fused = None if split or given else plan_fused(p, size, chip, False, False)
+    if fused:
+        return Plan(fused=fused)
+    return Plan(reduce=None if given else plan_reduce(p.stats, size, chip), map=plan_map(p, size, chip))
+
+
+def plan_backward(p: Problem, size: int, chip: Chip, gradients: bool, split: bool = False) -> Plan:
+    """`gradients`: dweight or dbias is wanted."""
+    given = p.moments == Moments.given
+    fused = None if split or given else plan_fused(p, size, chip, True, gradients)
+    own = gradients and not sums_shared(p) and (fused is None or not fused.gradients)
+    affine = plan_reduce(p.affine, size, chip) if own else None
+    if fused:
+        return Plan(fused=fused, affine=affine)
+    reduce = None if given else plan_reduce(p.stats, size, chip)
+    return Plan(reduce=reduce, map=plan_map(p, size, chip), affine=affine)
