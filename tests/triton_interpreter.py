@@ -2,7 +2,8 @@
 # Triton. As shipped (3.6.0 and 3.7.1) it cuts bfloat16 off instead of rounding it and lets accesses fall anywhere. Here
 # - float32 to bfloat16 rounds to nearest even, subnormals and overflow included;
 # - every load and store must stay inside a tensor that was passed to the kernel;
-# - two programs of a launch must not meet: writing what another one wrote or read, or reading what it wrote, is a race.
+# - two programs of a launch must not meet: writing what another one wrote or read, or reading what it wrote, is a race;
+# - Triton's language is patched once a launch, not at each call of a function: most of the time went there.
 from __future__ import annotations
 
 import os
@@ -67,12 +68,13 @@ def to_bfloat16(values: Any) -> Any:
 
 
 _memory: Memory | None = None
+_patched: set[frozenset[int]] = set()  # modules of Triton's language, in this launch
 
 
 def _install() -> None:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     convert, load, store = interpreter._convert_float, builder.create_masked_load, builder.create_masked_store
-    init, call = executor._init_args_hst, executor.__call__
+    init, call, patch = executor._init_args_hst, executor.__call__, interpreter._patch_lang
 
     def mended_convert(values: Any, source: Any, target: Any, mode: Any) -> Any:
         if source == tl.float32 and target == tl.bfloat16:
@@ -98,15 +100,23 @@ def _install() -> None:
         _memory = Memory([t for t in [*found[0], *found[1].values()] if hasattr(t, "data_ptr")])
         return found
 
+    def patch_once(function: Any) -> Any:
+        languages = frozenset(id(v) for v in function.__globals__.values() if v is tl or v is tl.core)
+        if languages in _patched:
+            return None  # only the launch itself, which comes first, wants to undo it
+        _patched.add(languages)
+        return patch(function)
+
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         global _memory
+        _patched.clear()
         try:
             with np.errstate(all="ignore"):
                 return call(self, *args, **kwargs)
         finally:
             _memory = None
 
-    interpreter._convert_float = mended_convert
+    interpreter._convert_float, interpreter._patch_lang = mended_convert, patch_once
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     executor._init_args_hst, executor.__call__ = remember_tensors, run
 
