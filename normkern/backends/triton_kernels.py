@@ -3,7 +3,8 @@
 A kernel sees the buffer as lines of `width = units * ALIGN` elements and works on tiles [R, C] of them. ALIGN tells the
 compiler that lines begin on whole vectors. A domain (block, cols, keep) finds the group of an element as that of its
 line's first element plus that of its column, which triton_plan.py makes sure of. Moments are float64 once they leave
-the lanes; a mean is two numbers of the compute type A, so that (x - high) - low loses nothing.
+the lanes; a mean is two numbers of the compute type A, so that (x - high) - low loses nothing. What belongs to lines or
+columns alone is a vector, [R] or [C], until it meets the tile: as a tile each thread would hold it many times over.
 """
 
 import triton
@@ -71,60 +72,78 @@ def width_of(units, ALIGN: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def narrow(v, p):
     """v as an element of p. From float64 by way of float32: not every compiler has float64 to bfloat16."""
-    if p.dtype.element_ty == tl.float64:
-        return v.to(tl.float64)
-    return v.to(tl.float32).to(p.dtype.element_ty)
+    if p.dtype.element_ty != tl.float64:
+        v = v.to(tl.float32)
+    return v.to(p.dtype.element_ty)
 
 
 @triton.jit
 def add_up(v, WHOLE: tl.constexpr):
-    """[R, 1] sums of each line, or the [1, 1] sum of the tile."""
-    line = tl.sum(v, 1, keep_dims=True)
+    """[R] sums of each line, or the sum of the tile."""
+    total = tl.sum(v, 1)
     if not WHOLE:
-        line = tl.sum(line, 0, keep_dims=True)
-    return line
+        total = tl.sum(total, 0)
+    return total
+
+
+@triton.jit
+def spread(v, WHOLE: tl.constexpr):
+    """What add_up gave, to meet the tile."""
+    if WHOLE:
+        v = v[:, None]
+    return v
 
 
 @triton.jit
 def line_group(line, width, block, cols, keep, BY_LINE: tl.constexpr):
     if BY_LINE:
         e = line * width
-        return e // block * keep + e // cols % keep
-    return line * 0
+        group = e // block * keep + e // cols % keep
+    else:
+        group = line * 0
+    return group
 
 
 @triton.jit
 def column_group(col, block, cols, keep, BY_COLUMN: tl.constexpr):
     if BY_COLUMN == 3:
-        return col // block * keep + col // cols % keep
-    if BY_COLUMN == 2:
-        return col // cols
-    return col
+        group = col // block * keep + col // cols % keep
+    elif BY_COLUMN == 2:
+        group = col // cols
+    else:
+        group = col
+    return group
 
 
 @triton.jit
 def gather(p, line, col, line_in, col_in, BY_LINE: tl.constexpr, BY_COLUMN: tl.constexpr, A: tl.constexpr):
-    """The elements of p that belong to a tile, of shape [R, C], [R, 1], [1, C] or none."""
+    """The elements of p that belong to a tile, of shape [R, C], [R, 1], [1, C] or none; line and col are vectors."""
     if BY_LINE and BY_COLUMN > 0:
-        return tl.load(p + (line + col), mask=line_in & col_in, other=0).to(A)
-    if BY_LINE:
-        return tl.load(p + line, mask=line_in, other=0).to(A)
-    if BY_COLUMN > 0:
-        return tl.load(p + col, mask=col_in, other=0).to(A)
-    return tl.load(p).to(A)
+        value = tl.load(p + (line[:, None] + col[None, :]), mask=line_in[:, None] & col_in[None, :], other=0).to(A)
+    elif BY_LINE:
+        value = tl.load(p + line, mask=line_in, other=0).to(A)[:, None]
+    elif BY_COLUMN > 0:
+        value = tl.load(p + col, mask=col_in, other=0).to(A)[None, :]
+    else:
+        value = tl.load(p).to(A)
+    return value
 
 
 @triton.jit
 def lines_of_tile(tile, groups, rows, keep, WHOLE: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
-    """The lines of a fused tile, whether they are there, and their group: [R, 1], or [1, 1] where they share one."""
+    """The lines of a fused tile, whether they are there, and their group: [R], or a number where they share one."""
     if WIDE:
         tile = tile.to(tl.int64)
-    r = tl.arange(0, R)[:, None]
+    r = tl.arange(0, R)
     if WHOLE:
         line = tile * R + r
-        return line, line < groups, line
-    line = (tile // keep * rows + r) * keep + tile % keep
-    return line, r < rows, tl.zeros([1, 1], tl.int32) + tile
+        line_in = line < groups
+        group = line
+    else:
+        line = (tile // keep * rows + r) * keep + tile % keep
+        line_in = r < rows
+        group = tile
+    return line, line_in, group
 
 
 @triton.jit(do_not_specialize=["groups", "rows", "keep", "units", "a_block", "a_cols", "a_keep"])
@@ -137,18 +156,19 @@ def fused_forward(
 ):  # fmt: skip
     width = width_of(units, ALIGN, WIDE)
     line, line_in, group = lines_of_tile(tl.program_id(0), groups, rows, keep, WHOLE, R, WIDE)
-    col = tl.arange(0, C)[None, :]
+    col = tl.arange(0, C)
     col_in = col < width
-    inside = line_in & col_in
+    inside = line_in[:, None] & col_in[None, :]
     begin = line.to(tl.int64) * width
-    v = tl.load(x + begin + col, mask=inside, other=0).to(A)
+    at = begin[:, None] + col[None, :]
+    v = tl.load(x + at, mask=inside, other=0).to(A)
     n = width.to(tl.float64)
     if not WHOLE:
         n = n * rows.to(tl.float64)
 
     if SECOND:
         var = add_up(v * v, WHOLE).to(tl.float64) / n
-        xhat = v * inverse_std(var, EPS, A)
+        xhat = v * spread(inverse_std(var, EPS, A), WHOLE)
     else:
         # Any value of the group will do to keep a large mean out of the sums.
         if WHOLE:
@@ -156,17 +176,17 @@ def fused_forward(
         else:
             first = (group // keep * rows * keep + group % keep).to(tl.int64) * width
             shift = tl.load(x + first).to(A)
-        d = tl.where(inside, v - shift, 0.0)
+        d = tl.where(inside, v - spread(shift, WHOLE), 0.0)
         mean = shift.to(tl.float64) + add_up(d, WHOLE).to(tl.float64) / n
         # Once more around a mean that is nearly right: exact sums for its last digits and for the variance.
         high, low = two_parts(mean, A)
-        d = tl.where(inside, (v - high) - low, 0.0)
+        d = tl.where(inside, (v - spread(high, WHOLE)) - spread(low, WHOLE), 0.0)
         off = add_up(d, WHOLE).to(tl.float64) / n
         var = add_up(d * d, WHOLE).to(tl.float64) / n - off * off
         var = tl.where(var < 0, 0.0, var)
         mean += off
         high, low = two_parts(mean, A)
-        xhat = ((v - high) - low) * inverse_std(var, EPS, A)
+        xhat = ((v - spread(high, WHOLE)) - spread(low, WHOLE)) * spread(inverse_std(var, EPS, A), WHOLE)
 
     group_in = group < groups
     if mean_out is not None:
@@ -182,8 +202,8 @@ def fused_forward(
         if bias is not None:
             z = z + gather(bias, a_line, a_col, line_in, col_in, A_LINE, A_COLUMN, A)
         if residual is not None:
-            z = z + tl.load(residual + begin + col, mask=inside, other=0).to(A)
-        tl.store(y + begin + col, narrow(activate(z, ACT), y), mask=inside)
+            z = z + tl.load(residual + at, mask=inside, other=0).to(A)
+        tl.store(y + at, narrow(activate(z, ACT), y), mask=inside)
 
 
 @triton.jit(do_not_specialize=["groups", "tiles", "rows", "keep", "units", "a_block", "a_cols", "a_keep"])
@@ -196,7 +216,7 @@ def fused_backward(
 ):  # fmt: skip
     # dweight and dbias are the gradients themselves (GROUP), or float64 partial results.
     width = width_of(units, ALIGN, WIDE)
-    col = tl.arange(0, C)[None, :]
+    col = tl.arange(0, C)
     col_in = col < width
     a_col = column_group(col, a_block, a_cols, a_keep, A_COLUMN)
     n = width.to(tl.float64)
@@ -214,17 +234,17 @@ def fused_backward(
 
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         line, line_in, group = lines_of_tile(tile, groups, rows, keep, WHOLE, R, WIDE)
-        inside = line_in & col_in
-        at = line.to(tl.int64) * width + col
+        inside = line_in[:, None] & col_in[None, :]
+        at = (line.to(tl.int64) * width)[:, None] + col[None, :]
         xhat = tl.load(x + at, mask=inside, other=0).to(A)
         dz = tl.load(dy + at, mask=inside, other=0).to(A)
         group_in = group < groups
         rstd = inverse_std(tl.load(var + group, mask=group_in, other=1).to(tl.float64), EPS, A)
         if SECOND:
-            xhat = xhat * rstd
+            xhat = xhat * spread(rstd, WHOLE)
         else:
             high, low = two_parts(tl.load(mean + group, mask=group_in, other=0).to(tl.float64), A)
-            xhat = ((xhat - high) - low) * rstd
+            xhat = ((xhat - spread(high, WHOLE)) - spread(low, WHOLE)) * spread(rstd, WHOLE)
         xhat = tl.where(inside, xhat, 0.0)
 
         a_line = line_group(line, width, a_block, a_cols, a_keep, A_LINE)
@@ -253,9 +273,9 @@ def fused_backward(
                 tl.store(dbias + group, narrow(add_up(dz, WHOLE), dbias), mask=group_in)
         elif GRADIENTS == LINE:
             if dweight is not None:
-                tl.store(dweight + line, tl.sum(dz * xhat, 1, keep_dims=True).to(tl.float64), mask=line_in)
+                tl.store(dweight + line, tl.sum(dz * xhat, 1).to(tl.float64), mask=line_in)
             if dbias is not None:
-                tl.store(dbias + line, tl.sum(dz, 1, keep_dims=True).to(tl.float64), mask=line_in)
+                tl.store(dbias + line, tl.sum(dz, 1).to(tl.float64), mask=line_in)
         elif GRADIENTS == COLUMN:
             if dweight is not None:
                 dweight_sum += dz * xhat
@@ -268,15 +288,16 @@ def fused_backward(
                 g = g * w
             slope = (add_up(g * xhat, WHOLE).to(tl.float64) / n).to(A)
             if not SECOND:
-                g = g - (add_up(g, WHOLE).to(tl.float64) / n).to(A)
-            tl.store(dx + at, narrow((g - xhat * slope) * rstd, dx), mask=inside)
+                g = g - spread((add_up(g, WHOLE).to(tl.float64) / n).to(A), WHOLE)
+            g = (g - xhat * spread(slope, WHOLE)) * spread(rstd, WHOLE)
+            tl.store(dx + at, narrow(g, dx), mask=inside)
 
     if GRADIENTS == COLUMN:
         out = tl.program_id(0).to(tl.int64) * width + col
         if dweight is not None:
-            tl.store(dweight + out, tl.sum(dweight_sum.to(tl.float64), 0, keep_dims=True), mask=col_in)
+            tl.store(dweight + out, tl.sum(dweight_sum.to(tl.float64), 0), mask=col_in)
         if dbias is not None:
-            tl.store(dbias + out, tl.sum(dbias_sum.to(tl.float64), 0, keep_dims=True), mask=col_in)
+            tl.store(dbias + out, tl.sum(dbias_sum.to(tl.float64), 0), mask=col_in)
 
 
 # ---- split: reduce, finish, prepare
@@ -297,10 +318,10 @@ def place(across, parts, rows, keep, width, C: tl.constexpr, WIDE: tl.constexpr)
 
 @triton.jit
 def sum_lanes(v, BY_COLUMN: tl.constexpr):
-    """[1, C] sums of each column, or the [1, 1] sum of the tile."""
-    total = tl.sum(v, 0, keep_dims=True)
+    """[C] sums of each column, or the sum of the tile."""
+    total = tl.sum(v, 0)
     if not BY_COLUMN:
-        total = tl.sum(total, 1, keep_dims=True)
+        total = tl.sum(total, 0)
     return total
 
 
@@ -310,7 +331,7 @@ def store_partial(p, value, strip, column, col, width, BY_COLUMN: tl.constexpr):
         at = column + col
         tl.store(p + strip.to(tl.int64) * width + at, value, mask=at < width)
     else:
-        tl.store(p + strip + tl.zeros([1, 1], tl.int32), value)
+        tl.store(p + strip, value)
 
 
 @triton.jit(do_not_specialize=["rows", "keep", "units", "across", "parts", "steps", "all_steps", "column_tiles"])
@@ -322,8 +343,8 @@ def reduce_moments(
 ):  # fmt: skip
     width = width_of(units, ALIGN, WIDE)
     strip, part, top, column = place(across, parts, rows, keep, width, C, WIDE)
-    r = tl.arange(0, R)[:, None]
-    col = tl.arange(0, C)[None, :]
+    r = tl.arange(0, R)
+    col = tl.arange(0, C)
     # Every lane is relative to the first value it meets, so that a large mean costs no digits.
     count = tl.zeros([R, C], A)
     shift = tl.zeros([R, C], A)
@@ -332,8 +353,9 @@ def reduce_moments(
     for step in range(part * steps, tl.minimum((part + 1) * steps, all_steps)):
         row = step // column_tiles * R + r
         at = column + step % column_tiles * C + col
-        inside = (row < rows) & (at < width)
-        v = tl.load(x + (top + row * keep).to(tl.int64) * width + at, mask=inside, other=0).to(A)
+        inside = (row < rows)[:, None] & (at < width)[None, :]
+        e = ((top + row * keep).to(tl.int64) * width)[:, None] + at[None, :]
+        v = tl.load(x + e, mask=inside, other=0).to(A)
         if SECOND:
             m2 += v * v
         else:
@@ -349,9 +371,9 @@ def reduce_moments(
         n = sum_lanes(count.to(tl.float64), BY_COLUMN)
         lane = shift.to(tl.float64) + mean.to(tl.float64)
         # Sums are around the first lane's mean: exact where all values are equal.
-        first = r == 0 if BY_COLUMN else (r == 0) & (col == 0)
+        first = (r == 0)[:, None] & ((col == 0)[None, :] | BY_COLUMN)
         origin = sum_lanes(tl.where(first, lane, 0.0), BY_COLUMN)
-        away = tl.where(count > 0, lane - origin, 0.0)
+        away = tl.where(count > 0, lane - origin, 0.0)  # [C] or a number: both meet columns
         off = sum_lanes(count.to(tl.float64) * away, BY_COLUMN) / tl.maximum(n, 1.0)
         squares = m2.to(tl.float64) + count.to(tl.float64) * (away - off) * (away - off)
         store_partial(count_out, n, strip, column, col, width, BY_COLUMN)
@@ -374,8 +396,8 @@ def reduce_gradients(
     # Sums of g and g*xhat (WEIGHTED: g = dz*weight) or of dz and dz*xhat.
     width = width_of(units, ALIGN, WIDE)
     strip, part, top, column = place(across, parts, rows, keep, width, C, WIDE)
-    r = tl.arange(0, R)[:, None]
-    col = tl.arange(0, C)[None, :]
+    r = tl.arange(0, R)
+    col = tl.arange(0, C)
     first = tl.zeros([R, C], A)
     second = tl.zeros([R, C], A)
     for step in range(part * steps, tl.minimum((part + 1) * steps, all_steps)):
@@ -383,9 +405,9 @@ def reduce_gradients(
         at = column + step % column_tiles * C + col
         line_in = row < rows
         col_in = at < width
-        inside = line_in & col_in
+        inside = line_in[:, None] & col_in[None, :]
         line = top + row * keep
-        e = line.to(tl.int64) * width + at
+        e = (line.to(tl.int64) * width)[:, None] + at[None, :]
         g = tl.load(dy + e, mask=inside, other=0).to(A)
         xhat = tl.load(x + e, mask=inside, other=0).to(A)
         s_line = line_group(line, width, s_block, s_cols, s_keep, S_LINE)
@@ -420,7 +442,7 @@ def finish_moments(
     EPS: tl.constexpr, SECOND: tl.constexpr, A: tl.constexpr, J: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     # Partial results lie as [batch, parts, keep, cols], in float64.
-    group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)[None, :]
+    group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     group_in = group < groups
     top = group // keep * (parts * keep * cols) + group % keep * cols
     n = count.to(tl.float64)
@@ -429,18 +451,18 @@ def finish_moments(
     if not SECOND:
         origin = tl.load(means + top, mask=group_in, other=0)
     for begin in range(0, parts * cols, J):
-        j = begin + tl.arange(0, J)[:, None]
-        inside = (j < parts * cols) & group_in
-        at = top + j // cols * (keep * cols) + j % cols
+        j = begin + tl.arange(0, J)
+        inside = (j < parts * cols)[:, None] & group_in[None, :]
+        at = top[None, :] + (j // cols * (keep * cols) + j % cols)[:, None]
         m2 += tl.load(m2s + at, mask=inside, other=0)
         if not SECOND:
             share = tl.load(counts + at, mask=inside, other=0)
-            away = tl.where(inside, tl.load(means + at, mask=inside, other=0) - origin, 0.0)
+            away = tl.where(inside, tl.load(means + at, mask=inside, other=0) - origin[None, :], 0.0)
             off += share * away
             m2 += share * away * away
-    var = tl.sum(m2, 0, keep_dims=True) / n
+    var = tl.sum(m2, 0) / n
     if not SECOND:
-        shift = tl.sum(off, 0, keep_dims=True) / n
+        shift = tl.sum(off, 0) / n
         var = var - shift * shift
         var = tl.where(var < 0, 0.0, var)
         mean = origin + shift
@@ -463,21 +485,21 @@ def finish_gradients(
     J: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     # Affine sums become dweight and dbias; with `weight` they are averages of g as well.
-    group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)[None, :]
+    group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     group_in = group < groups
     top = group // keep * (parts * keep * cols) + group % keep * cols
     first = tl.zeros([J, G], tl.float64)
     second = tl.zeros([J, G], tl.float64)
     for begin in range(0, parts * cols, J):
-        j = begin + tl.arange(0, J)[:, None]
-        inside = (j < parts * cols) & group_in
-        at = top + j // cols * (keep * cols) + j % cols
+        j = begin + tl.arange(0, J)
+        inside = (j < parts * cols)[:, None] & group_in[None, :]
+        at = top[None, :] + (j // cols * (keep * cols) + j % cols)[:, None]
         if firsts is not None:
             first += tl.load(firsts + at, mask=inside, other=0)
         if seconds is not None:
             second += tl.load(seconds + at, mask=inside, other=0)
-    dz = tl.sum(first, 0, keep_dims=True)
-    product = tl.sum(second, 0, keep_dims=True)
+    dz = tl.sum(first, 0)
+    product = tl.sum(second, 0)
     if dweight is not None:
         tl.store(dweight + group, narrow(product, dweight), mask=group_in)
     if dbias is not None:
@@ -515,8 +537,8 @@ def map_place(lines, units, column_tiles, R: tl.constexpr, C: tl.constexpr, ALIG
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
-    line = pid // column_tiles * R + tl.arange(0, R)[:, None]
-    col = pid % column_tiles * C + tl.arange(0, C)[None, :]
+    line = pid // column_tiles * R + tl.arange(0, R)
+    col = pid % column_tiles * C + tl.arange(0, C)
     return line, col, line < lines, col < width_of(units, ALIGN, WIDE)
 
 
@@ -531,8 +553,8 @@ def map_forward(
 ):  # fmt: skip
     width = width_of(units, ALIGN, WIDE)
     line, col, line_in, col_in = map_place(lines, units, column_tiles, R, C, ALIGN, WIDE)
-    inside = line_in & col_in
-    e = line.to(tl.int64) * width + col
+    inside = line_in[:, None] & col_in[None, :]
+    e = (line.to(tl.int64) * width)[:, None] + col[None, :]
     z = tl.load(x + e, mask=inside, other=0).to(A)
     s_line = line_group(line, width, s_block, s_cols, s_keep, S_LINE)
     s_col = column_group(col, s_block, s_cols, s_keep, S_COLUMN)
@@ -563,8 +585,8 @@ def map_backward(
     # x is None where nothing depends on it: moments given, and no activation.
     width = width_of(units, ALIGN, WIDE)
     line, col, line_in, col_in = map_place(lines, units, column_tiles, R, C, ALIGN, WIDE)
-    inside = line_in & col_in
-    e = line.to(tl.int64) * width + col
+    inside = line_in[:, None] & col_in[None, :]
+    e = (line.to(tl.int64) * width)[:, None] + col[None, :]
     g = tl.load(dy + e, mask=inside, other=0).to(A)
     s_line = line_group(line, width, s_block, s_cols, s_keep, S_LINE)
     s_col = column_group(col, s_block, s_cols, s_keep, S_COLUMN)

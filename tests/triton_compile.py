@@ -1,0 +1,207 @@
+# Compiles the kernels of the Triton backend ahead of time, for named GPUs and without one, exactly as a call would
+# launch them: the launches of a call are recorded and each kernel is compiled with the arguments it got. Prints a row
+# per kernel as CSV: registers, spills, shared memory, 16-byte accesses. Run in a process of its own, since
+# TRITON_INTERPRET must be off when Triton is imported.
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from normkern.backends import triton as backend
+from normkern.backends import triton_kernels
+from normkern.backends.triton_plan import Chip
+from normkern.problem import Problem
+
+CHIPS = {80: Chip(108), 90: Chip(132), 100: Chip(148)}  # A100, H100 and H200, B200
+KERNELS = (
+    "fused_forward",
+    "fused_backward",
+    "reduce_moments",
+    "reduce_gradients",
+    "finish_moments",
+    "finish_gradients",
+    "prepare",
+    "map_forward",
+    "map_backward",
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str
+    grid: int
+    arguments: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        return f"{self.kernel} x{self.grid}"
+
+
+@dataclass
+class Row:
+    """One kernel of one call on one chip."""
+
+    chip: str
+    case: str
+    launch: str
+    grid: int
+    tile: str
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    wide_loads: int  # 16-byte loads and stores of device memory in the code, and the narrower ones
+    wide_stores: int
+    narrow_loads: int
+    narrow_stores: int
+
+
+class Recorder:
+    """Stands in for a kernel: takes down what it would be launched with."""
+
+    def __init__(self, name: str, launches: list[Launch]) -> None:
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            names = getattr(triton_kernels, self.name).arg_names
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            self.launches.append(Launch(self.name, grid[0], tuple(arguments.items())))
+
+        return launch
+
+
+@contextlib.contextmanager
+def recorded(chip: Chip) -> Iterator[list[Launch]]:
+    """Calls of the backend launch nothing; on meta tensors they cost nothing."""
+    launches: list[Launch] = []
+    kernels = type("Kernels", (), {name: Recorder(name, launches) for name in KERNELS})
+    before = backend._kernels, backend.chip_of
+    backend._kernels, backend.chip_of = lambda: kernels, lambda device: chip  # type: ignore[assignment]
+    try:
+        yield launches
+    finally:
+        backend._kernels, backend.chip_of = before  # type: ignore[assignment]
+
+
+def signature(kernel: Any, arguments: dict[str, Any], aligned: bool) -> tuple[dict[str, str], dict[str, Any], Any]:
+    """Types, constants and attributes of the arguments, as a launch finds them."""
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for place, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            types[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor):
+            names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+            types[parameter.name] = "*" + names[value.dtype]
+            if aligned:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            assert parameter.do_not_specialize, f"{kernel.__name__}: {parameter.name} would compile again by its value"
+    return types, constants, attributes
+
+
+def compiled(launch: Launch, arch: int, aligned: bool = True) -> Any:
+    kernel = getattr(triton_kernels, launch.kernel)
+    arguments = dict(launch.arguments)
+    options = {"num_warps": arguments.pop("num_warps", 4)}
+    types, constants, attributes = signature(kernel, arguments, aligned)
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def row(case: str, launch: Launch, arch: int) -> Row:
+    binary = compiled(launch, arch)
+    arguments = dict(launch.arguments)
+    ptx = binary.asm["ptx"]
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    if arch >= 100 and ptxas.with_name("ptxas-blackwell").exists():
+        ptxas = ptxas.with_name("ptxas-blackwell")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        told = subprocess.run(
+            [str(ptxas), "-v", f"--gpu-name={target[1]}", str(path), "-o", os.devnull], capture_output=True, text=True
+        )
+    assert told.returncode == 0, told.stderr
+    registers = re.search(r"Used (\d+) registers", told.stderr)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told.stderr)
+    assert registers
+    assert spills
+
+    def count(kind: str, wide: bool) -> int:
+        found = re.findall(rf"\b{kind}\.global((?:\.\w+(?:::\w+)*)*)", ptx)
+        return sum(is_wide(modifiers) == wide for modifiers in found)
+
+    return Row(
+        f"sm_{arch}",
+        case,
+        launch.kernel,
+        launch.grid,
+        "x".join(str(arguments[k]) for k in ("R", "C", "J", "G") if k in arguments),
+        arguments.get("num_warps", 4),
+        int(registers[1]),
+        int(spills[1]) + int(spills[2]),
+        binary.metadata.shared,
+        count("ld", True),
+        count("st", True),
+        count("ld", False),
+        count("st", False),
+    )
+
+
+def is_wide(modifiers: str) -> bool:
+    """16 bytes or more at once: .v4.b32, .v2.b64, .v8.b32."""
+    found = re.search(r"\.v(\d)\.[bfus](\d+)", modifiers)
+    return bool(found) and int(found[1]) * int(found[2]) >= 128  # type: ignore[index]
+
+
+def calls(problem: Problem, x: Tensor, param_dtype: torch.dtype, second: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Forward and backward of a problem with weight and bias."""
+    groups = problem.affine.groups
+    weight = torch.empty(groups, dtype=param_dtype, device=x.device)
+    bias = None if second else weight.clone()
+    moments = torch.empty(problem.stats.groups, dtype=torch.float64, device=x.device)
+    mean = None if second else moments
+    needs = 3 if second else 7
+    yield "forward", lambda: backend.forward(problem, x, weight, bias, None, None, None, True)
+    yield "backward", lambda: backend.backward(problem, x, x, weight, bias, None, mean, moments, needs)
+
+
+def rows_of(name: str, problem: Problem, x: Tensor, second: bool, archs: list[int]) -> Iterator[Row]:
+    for arch in archs:
+        for direction, call in calls(problem, x, torch.float32, second):
+            with recorded(CHIPS[arch]) as launches:
+                call()
+            for launch in launches:
+                yield row(f"{name} {direction}", launch, arch)
+
+
+def write(rows: list[Row], file: Any) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([f.name for f in fields(Row)])
+    writer.writerows([[getattr(r, f.name) for f in fields(Row)] for r in rows])
+
+
+if __name__ == "__main__":
+    sys.exit("a module of tests/test_triton_compile.py and bench/triton_resources.py")
