@@ -92,7 +92,7 @@ class _Launcher:
         lines, tile = fused.lines, fused.tile
         return {
             **self.geometry(lines.width),
-            **_index("a", self.problem.affine, lines.width),
+            **_index("a", triton_plan.fused_index(fused, self.problem)),
             "groups": lines.groups,
             "rows": lines.rows,
             "keep": lines.keep,
@@ -184,11 +184,12 @@ class _Launcher:
         weighted: bool,
     ) -> list[Tensor | None]:
         """Partial sums over `domain`."""
-        p, width = self.problem, reduce.lines.width
+        p = self.problem
         partials = list(self.empty(2 * reduce.partials.numel).view(2, -1))
         self.kernels.reduce_gradients[(reduce.programs,)](
             dy, self.x, *params, *arrays, *partials,
-            **_index("s", p.stats, width), **_index("a", p.affine, width),
+            **_index("s", triton_plan.reduce_index(reduce, domain, p.stats)),
+            **_index("a", triton_plan.reduce_index(reduce, domain, p.affine)),
             WEIGHTED=weighted, ACT=int(p.act), **self._reduce(reduce),
         )  # fmt: skip
         return [*partials]
@@ -208,8 +209,8 @@ class _Launcher:
     def _map(self, plan: Map) -> dict[str, Any]:
         return {
             **self.geometry(plan.width),
-            **_index("s", self.problem.stats, plan.width),
-            **_index("a", self.problem.affine, plan.width),
+            **_index("s", triton_plan.index_of(self.problem.stats, plan.width, plan.tile.lines)),
+            **_index("a", triton_plan.index_of(self.problem.affine, plan.width, plan.tile.lines)),
             "lines": self.x.numel() // plan.width,
             "column_tiles": plan.column_tiles,
             "ACT": int(self.problem.act),
@@ -237,8 +238,7 @@ class _Launcher:
         )
 
 
-def _index(name: str, domain: Domain, width: int) -> dict[str, Any]:
-    index: Index = triton_plan.index_of(domain, width)
+def _index(name: str, index: Index) -> dict[str, Any]:
     upper = name.upper()
     return {
         f"{name}_block": index.block,

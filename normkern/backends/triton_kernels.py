@@ -95,12 +95,13 @@ def spread(v, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def line_group(line, width, block, cols, keep, BY_LINE: tl.constexpr):
-    if BY_LINE:
-        e = line * width
+def line_group(line, first, width, block, cols, keep, BY_LINE: tl.constexpr):
+    """Of each line, or of the tile's first one if they share it."""
+    if BY_LINE > 0:
+        e = (first if BY_LINE == 2 else line) * width
         group = e // block * keep + e // cols % keep
     else:
-        group = line * 0
+        group = first * 0
     return group
 
 
@@ -118,32 +119,35 @@ def column_group(col, block, cols, keep, BY_COLUMN: tl.constexpr):
 @triton.jit
 def gather(p, line, col, line_in, col_in, BY_LINE: tl.constexpr, BY_COLUMN: tl.constexpr, A: tl.constexpr):
     """The elements of p that belong to a tile, of shape [R, C], [R, 1], [1, C] or none; line and col are vectors."""
-    if BY_LINE and BY_COLUMN > 0:
+    if BY_LINE == 1 and BY_COLUMN > 0:
         value = tl.load(p + (line[:, None] + col[None, :]), mask=line_in[:, None] & col_in[None, :], other=0).to(A)
-    elif BY_LINE:
+    elif BY_LINE == 1:
         value = tl.load(p + line, mask=line_in, other=0).to(A)[:, None]
     elif BY_COLUMN > 0:
-        value = tl.load(p + col, mask=col_in, other=0).to(A)[None, :]
+        value = tl.load(p + (line + col), mask=col_in, other=0).to(A)[None, :]
     else:
-        value = tl.load(p).to(A)
+        value = tl.load(p + line).to(A)
     return value
 
 
 @triton.jit
 def lines_of_tile(tile, groups, rows, keep, WHOLE: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
-    """The lines of a fused tile, whether they are there, and their group: [R], or a number where they share one."""
+    """The lines of a fused tile, whether they are there, their group ([R], or a number where they share one), and the
+    first line."""
     if WIDE:
         tile = tile.to(tl.int64)
     r = tl.arange(0, R)
     if WHOLE:
-        line = tile * R + r
+        first = tile * R
+        line = first + r
         line_in = line < groups
         group = line
     else:
-        line = (tile // keep * rows + r) * keep + tile % keep
+        first = tile // keep * rows * keep + tile % keep
+        line = first + r * keep
         line_in = r < rows
         group = tile
-    return line, line_in, group
+    return line, line_in, group, first
 
 
 @triton.jit(do_not_specialize=["groups", "rows", "keep", "units", "a_block", "a_cols", "a_keep"])
@@ -155,7 +159,7 @@ def fused_forward(
     A_LINE: tl.constexpr, A_COLUMN: tl.constexpr,
 ):  # fmt: skip
     width = width_of(units, ALIGN, WIDE)
-    line, line_in, group = lines_of_tile(tl.program_id(0), groups, rows, keep, WHOLE, R, WIDE)
+    line, line_in, group, first = lines_of_tile(tl.program_id(0), groups, rows, keep, WHOLE, R, WIDE)
     col = tl.arange(0, C)
     col_in = col < width
     inside = line_in[:, None] & col_in[None, :]
@@ -174,8 +178,7 @@ def fused_forward(
         if WHOLE:
             shift = tl.load(x + begin, mask=line_in, other=0).to(A)
         else:
-            first = (group // keep * rows * keep + group % keep).to(tl.int64) * width
-            shift = tl.load(x + first).to(A)
+            shift = tl.load(x + first.to(tl.int64) * width).to(A)
         d = tl.where(inside, v - spread(shift, WHOLE), 0.0)
         mean = shift.to(tl.float64) + add_up(d, WHOLE).to(tl.float64) / n
         # Once more around a mean that is nearly right: exact sums for its last digits and for the variance.
@@ -194,7 +197,7 @@ def fused_forward(
     if var_out is not None:
         tl.store(var_out + group, var, mask=group_in)
     if y is not None:
-        a_line = line_group(line, width, a_block, a_cols, a_keep, A_LINE)
+        a_line = line_group(line, first, width, a_block, a_cols, a_keep, A_LINE)
         a_col = column_group(col, a_block, a_cols, a_keep, A_COLUMN)
         z = xhat
         if weight is not None:
@@ -223,7 +226,7 @@ def fused_backward(
     if not WHOLE:
         n = n * rows.to(tl.float64)
     # The same for all tiles of a program: read once, whatever it stores in between.
-    if not A_LINE:
+    if A_LINE == 0:
         if weight is not None:
             w = gather(weight, 0, a_col, True, col_in, A_LINE, A_COLUMN, A)
         if bias is not None and ACT != 0:
@@ -233,7 +236,7 @@ def fused_backward(
         dbias_sum = tl.zeros([R, C], A)
 
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        line, line_in, group = lines_of_tile(tile, groups, rows, keep, WHOLE, R, WIDE)
+        line, line_in, group, first = lines_of_tile(tile, groups, rows, keep, WHOLE, R, WIDE)
         inside = line_in[:, None] & col_in[None, :]
         at = (line.to(tl.int64) * width)[:, None] + col[None, :]
         xhat = tl.load(x + at, mask=inside, other=0).to(A)
@@ -247,8 +250,8 @@ def fused_backward(
             xhat = ((xhat - spread(high, WHOLE)) - spread(low, WHOLE)) * spread(rstd, WHOLE)
         xhat = tl.where(inside, xhat, 0.0)
 
-        a_line = line_group(line, width, a_block, a_cols, a_keep, A_LINE)
-        if A_LINE:
+        a_line = line_group(line, first, width, a_block, a_cols, a_keep, A_LINE)
+        if A_LINE > 0:
             if weight is not None:
                 w = gather(weight, a_line, a_col, line_in, col_in, A_LINE, A_COLUMN, A)
             if bias is not None and ACT != 0:
@@ -398,10 +401,11 @@ def reduce_gradients(
     strip, part, top, column = place(across, parts, rows, keep, width, C, WIDE)
     r = tl.arange(0, R)
     col = tl.arange(0, C)
-    first = tl.zeros([R, C], A)
-    second = tl.zeros([R, C], A)
+    g_sum = tl.zeros([R, C], A)
+    gx_sum = tl.zeros([R, C], A)
     for step in range(part * steps, tl.minimum((part + 1) * steps, all_steps)):
         row = step // column_tiles * R + r
+        first = top + step // column_tiles * R * keep
         at = column + step % column_tiles * C + col
         line_in = row < rows
         col_in = at < width
@@ -410,13 +414,13 @@ def reduce_gradients(
         e = (line.to(tl.int64) * width)[:, None] + at[None, :]
         g = tl.load(dy + e, mask=inside, other=0).to(A)
         xhat = tl.load(x + e, mask=inside, other=0).to(A)
-        s_line = line_group(line, width, s_block, s_cols, s_keep, S_LINE)
+        s_line = line_group(line, first, width, s_block, s_cols, s_keep, S_LINE)
         s_col = column_group(at, s_block, s_cols, s_keep, S_COLUMN)
         if high is not None:
             xhat = xhat - gather(high, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
             xhat = xhat - gather(low, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
         xhat = xhat * gather(rstd, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
-        a_line = line_group(line, width, a_block, a_cols, a_keep, A_LINE)
+        a_line = line_group(line, first, width, a_block, a_cols, a_keep, A_LINE)
         a_col = column_group(at, a_block, a_cols, a_keep, A_COLUMN)
         if ACT != 0:
             z = xhat
@@ -429,10 +433,10 @@ def reduce_gradients(
             g = through_activation(g, z, ACT)
         if WEIGHTED and weight is not None:
             g = g * gather(weight, a_line, a_col, line_in, col_in, A_LINE, A_COLUMN, A)
-        first += tl.where(inside, g, 0.0)
-        second += tl.where(inside, g * xhat, 0.0)
-    store_partial(first_out, sum_lanes(first.to(tl.float64), BY_COLUMN), strip, column, col, width, BY_COLUMN)
-    store_partial(second_out, sum_lanes(second.to(tl.float64), BY_COLUMN), strip, column, col, width, BY_COLUMN)
+        g_sum += tl.where(inside, g, 0.0)
+        gx_sum += tl.where(inside, g * xhat, 0.0)
+    store_partial(first_out, sum_lanes(g_sum.to(tl.float64), BY_COLUMN), strip, column, col, width, BY_COLUMN)
+    store_partial(second_out, sum_lanes(gx_sum.to(tl.float64), BY_COLUMN), strip, column, col, width, BY_COLUMN)
 
 
 @triton.jit(do_not_specialize=["groups", "parts", "keep", "cols", "count"])
@@ -532,14 +536,15 @@ def prepare(mean, var, high_out, low_out, rstd_out, groups, EPS: tl.constexpr, A
 
 @triton.jit
 def map_place(lines, units, column_tiles, R: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
-    """The lines and columns of a program, from the end to the start: a reduction before it read the buffer the other
+    """The lines and columns of a program and its first line, from the end to the start: a reduction before it read the buffer the other
     way, and what it read last is in the cache."""
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
-    line = pid // column_tiles * R + tl.arange(0, R)
+    first = pid // column_tiles * R
+    line = first + tl.arange(0, R)
     col = pid % column_tiles * C + tl.arange(0, C)
-    return line, col, line < lines, col < width_of(units, ALIGN, WIDE)
+    return line, first, col, line < lines, col < width_of(units, ALIGN, WIDE)
 
 
 @triton.jit(do_not_specialize=[
@@ -552,17 +557,17 @@ def map_forward(
     S_LINE: tl.constexpr, S_COLUMN: tl.constexpr, A_LINE: tl.constexpr, A_COLUMN: tl.constexpr,
 ):  # fmt: skip
     width = width_of(units, ALIGN, WIDE)
-    line, col, line_in, col_in = map_place(lines, units, column_tiles, R, C, ALIGN, WIDE)
+    line, first, col, line_in, col_in = map_place(lines, units, column_tiles, R, C, ALIGN, WIDE)
     inside = line_in[:, None] & col_in[None, :]
     e = (line.to(tl.int64) * width)[:, None] + col[None, :]
     z = tl.load(x + e, mask=inside, other=0).to(A)
-    s_line = line_group(line, width, s_block, s_cols, s_keep, S_LINE)
+    s_line = line_group(line, first, width, s_block, s_cols, s_keep, S_LINE)
     s_col = column_group(col, s_block, s_cols, s_keep, S_COLUMN)
     if high is not None:
         z = z - gather(high, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
         z = z - gather(low, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
     z = z * gather(rstd, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
-    a_line = line_group(line, width, a_block, a_cols, a_keep, A_LINE)
+    a_line = line_group(line, first, width, a_block, a_cols, a_keep, A_LINE)
     a_col = column_group(col, a_block, a_cols, a_keep, A_COLUMN)
     if weight is not None:
         z = z * gather(weight, a_line, a_col, line_in, col_in, A_LINE, A_COLUMN, A)
@@ -584,13 +589,13 @@ def map_backward(
 ):  # fmt: skip
     # x is None where nothing depends on it: moments given, and no activation.
     width = width_of(units, ALIGN, WIDE)
-    line, col, line_in, col_in = map_place(lines, units, column_tiles, R, C, ALIGN, WIDE)
+    line, first, col, line_in, col_in = map_place(lines, units, column_tiles, R, C, ALIGN, WIDE)
     inside = line_in[:, None] & col_in[None, :]
     e = (line.to(tl.int64) * width)[:, None] + col[None, :]
     g = tl.load(dy + e, mask=inside, other=0).to(A)
-    s_line = line_group(line, width, s_block, s_cols, s_keep, S_LINE)
+    s_line = line_group(line, first, width, s_block, s_cols, s_keep, S_LINE)
     s_col = column_group(col, s_block, s_cols, s_keep, S_COLUMN)
-    a_line = line_group(line, width, a_block, a_cols, a_keep, A_LINE)
+    a_line = line_group(line, first, width, a_block, a_cols, a_keep, A_LINE)
     a_col = column_group(col, a_block, a_cols, a_keep, A_COLUMN)
     scale = gather(rstd, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
     if weight is not None:

@@ -17,6 +17,7 @@ FUSED_RUN_BYTES = 64  # runs that a fused tile may be made of: two sectors
 MOST_WARPS = 16
 # Elements that a thread holds of each tensor; more would spill (bench/results/triton/resources.csv).
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS, REDUCE_ELEMENTS, MAP_ELEMENTS = 32, 16, 8, 16
+COLUMN_WARPS = 8  # of a program that sums dweight over its tiles
 WAVES = 4  # programs per processor that a split reduction aims at
 ALIGNMENT = 16  # elements; the widest access is 16 bytes of 1 or more bytes each
 
@@ -62,13 +63,14 @@ class Lines:
 
 @dataclass(frozen=True)
 class Index:
-    """Where a domain's group of an element comes from. `column`: 0 not from its column, 1 the column is the group,
-    2 column // cols, 3 that and the wrap at the end of a line of the domain."""
+    """Where a domain's group of an element comes from. `line`: 0 not from its line, 1 from each line, 2 from the first
+    line of a tile, since all of them share it. `column`: 0 not from its column, 1 the column is the group, 2 column //
+    cols, 3 that and the wrap at the end of a line of the domain."""
 
     block: int
     cols: int
     keep: int
-    line: bool
+    line: int
     column: int
 
 
@@ -143,7 +145,7 @@ def simplify(d: Domain) -> Domain:
 
 def sums_shared(p: Problem) -> bool:
     """Batch norm: the sums that dx needs are dweight and dbias, too."""
-    return p.moments != Moments.given and simplify(p.stats) == simplify(p.affine)
+    return p.moments != Moments.given and same_groups(p.stats, p.affine)
 
 
 def bounds(domain: Domain) -> list[int]:
@@ -152,15 +154,37 @@ def bounds(domain: Domain) -> list[int]:
     return [d.cols, d.keep * d.cols, d.rows * d.keep * d.cols]
 
 
-def index_of(domain: Domain, width: int) -> Index:
-    """The groups of `domain` in a buffer of lines of `width` elements."""
+def index_of(domain: Domain, width: int, tile: int | None = None, own: bool = False) -> Index:
+    """The groups of `domain` in a buffer of lines of `width` elements. `tile`: so many lines of a tile follow each other
+    from a multiple of it. `own`: the lines of a tile share their group for other reasons."""
     d = simplify(domain)
     run, line, block = bounds(d)
     if any(bound % width and width % bound for bound in (run, line, block)):
         raise ValueError(f"triton: the groups of {domain} do not fit lines of {width} elements")
-    by_line = d.numel > width and (line > width or d.batch > 1)
+    by_line = 0
+    if d.numel > width and (line > width or d.batch > 1):
+        together = run // width if width <= run else block // width if line <= width <= block else 1
+        by_line = 2 if own or (tile and together % tile == 0) else 1
     column = 0 if width <= run else 1 if run == 1 and width <= line else 2 if width <= line else 3
     return Index(block, d.cols, d.keep, by_line, column)
+
+
+def same_groups(a: Domain, b: Domain) -> bool:
+    return simplify(a) == simplify(b)
+
+
+def fused_index(fused: Fused, p: Problem) -> Index:
+    """Of the affine domain."""
+    if fused.whole:
+        return index_of(p.affine, fused.lines.width, fused.tile.lines)
+    return index_of(p.affine, fused.lines.width, own=same_groups(p.stats, p.affine))
+
+
+def reduce_index(reduce: Reduce, walked: Domain, domain: Domain) -> Index:
+    """Of `domain` where a reduction walks `walked`."""
+    lines, tile = reduce.lines, reduce.tile
+    follow = lines.keep == 1 and (lines.batch == 1 or lines.rows % tile.lines == 0)
+    return index_of(domain, lines.width, tile.lines if follow else None, same_groups(walked, domain))
 
 
 def alignment(width: int) -> int:
@@ -230,19 +254,22 @@ def with_gradients(p: Problem, fused: Fused, chip: Chip) -> Fused:
     if not fused.whole and a.cols % width == 0:
         return replace(fused, gradients="line", partials=Domain(a.batch, a.rows, a.keep, a.cols // width))
     if fused.whole and a.batch == 1 and a.keep * a.cols == width:
-        # As many programs as run at once: each has a partial result of its own.
-        programs = min(fused.programs, chip.processors * max(MOST_WARPS // fused.tile.warps, 1))
-        return replace(
-            fused, gradients="column", programs=programs, partials=Domain(1, programs, a.keep, a.cols)
-        )
+        # A program has a partial result of its own: few, large programs, as many as run at once.
+        elements = COLUMN_WARPS * chip.warp * BACKWARD_ELEMENTS
+        rows = min(max(elements // fused.tile.columns, 1), power_from(ceil_div(fused.lines.batch, chip.processors)))
+        tile = Tile(rows, fused.tile.columns, warps_of(rows * fused.tile.columns, BACKWARD_ELEMENTS, chip))
+        resident = chip.processors * max(MOST_WARPS // tile.warps, 1)
+        programs = min(ceil_div(fused.lines.batch, rows), resident)
+        partials = Domain(1, programs, a.keep, a.cols)
+        return replace(fused, tile=tile, gradients="column", programs=programs, partials=partials)
     return fused
 
 
 # ---- split
 
 
-def plan_reduce(domain: Domain, size: int, chip: Chip) -> Reduce:
-    """Any number of groups of any size."""
+def plan_reduce(domain: Domain, size: int, chip: Chip, other: Domain | None = None) -> Reduce:
+    """Any number of groups of any size. `other`: the domain whose groups the kernel looks up as well."""
     d = simplify(domain)
     elements = REDUCE_ELEMENTS * chip.warp * 8  # eight warps
     by_column = d.cols * size < RUN_BYTES and d.groups > 1
@@ -255,6 +282,9 @@ def plan_reduce(domain: Domain, size: int, chip: Chip) -> Reduce:
         steps = ceil_div(lines.rows, rows)
     else:
         lines, across = Lines(d.batch, d.rows, d.keep, d.cols), 1
+        run = simplify(other).cols if other else d.cols
+        if d.rows == 1 and run < d.cols and d.cols % run == 0 and run * size >= RUN_BYTES:
+            lines = Lines(d.batch, d.cols // run, 1, run)  # a channel to a line
         columns = min(power_from(lines.width), elements)
         rows = min(elements // columns, power_from(lines.rows))
         column_tiles = ceil_div(lines.width, columns)
@@ -306,8 +336,8 @@ def plan_backward(p: Problem, size: int, chip: Chip, gradients: bool, split: boo
     given = p.moments == Moments.given
     fused = None if split or given else plan_fused(p, size, chip, True, gradients)
     own = gradients and not sums_shared(p) and (fused is None or not fused.gradients)
-    affine = plan_reduce(p.affine, size, chip) if own else None
+    affine = plan_reduce(p.affine, size, chip, p.stats) if own else None
     if fused:
         return Plan(fused=fused, affine=affine)
-    reduce = None if given else plan_reduce(p.stats, size, chip)
+    reduce = None if given else plan_reduce(p.stats, size, chip, p.affine)
     return Plan(reduce=reduce, map=plan_map(p, size, chip), affine=affine)
