@@ -96,9 +96,9 @@ def spread(v, WHOLE: tl.constexpr):
 
 @triton.jit
 def line_group(line, first, width, block, cols, keep, BY_LINE: tl.constexpr):
-    """Of each line, or of the tile's first one if they share it."""
+    """Of each line, or of the first one if they share it."""
     if BY_LINE > 0:
-        e = (first if BY_LINE == 2 else line) * width
+        e = (line if BY_LINE == 1 else first) * width
         group = e // block * keep + e // cols % keep
     else:
         group = first * 0
@@ -404,23 +404,27 @@ def reduce_gradients(
     g_sum = tl.zeros([R, C], A)
     gx_sum = tl.zeros([R, C], A)
     for step in range(part * steps, tl.minimum((part + 1) * steps, all_steps)):
-        row = step // column_tiles * R + r
-        first = top + step // column_tiles * R * keep
-        at = column + step % column_tiles * C + col
-        line_in = row < rows
+        if BY_COLUMN:  # what depends on columns alone stays the same for all steps
+            row = step * R
+            at = column + col
+        else:
+            row = step // column_tiles * R
+            at = column + step % column_tiles * C + col
+        line_in = row + r < rows
         col_in = at < width
         inside = line_in[:, None] & col_in[None, :]
-        line = top + row * keep
+        first = top + row * keep
+        line = first + r * keep
         e = (line.to(tl.int64) * width)[:, None] + at[None, :]
         g = tl.load(dy + e, mask=inside, other=0).to(A)
         xhat = tl.load(x + e, mask=inside, other=0).to(A)
-        s_line = line_group(line, first, width, s_block, s_cols, s_keep, S_LINE)
+        s_line = line_group(line, top if S_LINE == 3 else first, width, s_block, s_cols, s_keep, S_LINE)
         s_col = column_group(at, s_block, s_cols, s_keep, S_COLUMN)
         if high is not None:
             xhat = xhat - gather(high, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
             xhat = xhat - gather(low, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
         xhat = xhat * gather(rstd, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
-        a_line = line_group(line, first, width, a_block, a_cols, a_keep, A_LINE)
+        a_line = line_group(line, top if A_LINE == 3 else first, width, a_block, a_cols, a_keep, A_LINE)
         a_col = column_group(at, a_block, a_cols, a_keep, A_COLUMN)
         if ACT != 0:
             z = xhat

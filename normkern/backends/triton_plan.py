@@ -64,7 +64,7 @@ class Lines:
 @dataclass(frozen=True)
 class Index:
     """Where a domain's group of an element comes from. `line`: 0 not from its line, 1 from each line, 2 from the first
-    line of a tile, since all of them share it. `column`: 0 not from its column, 1 the column is the group, 2 column //
+    line of a tile, since all of them share it, 3 from the first line of a program likewise. `column`: 0 not from its column, 1 the column is the group, 2 column //
     cols, 3 that and the wrap at the end of a line of the domain."""
 
     block: int
@@ -156,7 +156,7 @@ def bounds(domain: Domain) -> list[int]:
 
 def index_of(domain: Domain, width: int, tile: int | None = None, own: bool = False) -> Index:
     """The groups of `domain` in a buffer of lines of `width` elements. `tile`: so many lines of a tile follow each other
-    from a multiple of it. `own`: the lines of a tile share their group for other reasons."""
+    from a multiple of it. `own`: all lines of a program share their group."""
     d = simplify(domain)
     run, line, block = bounds(d)
     if any(bound % width and width % bound for bound in (run, line, block)):
@@ -164,7 +164,7 @@ def index_of(domain: Domain, width: int, tile: int | None = None, own: bool = Fa
     by_line = 0
     if d.numel > width and (line > width or d.batch > 1):
         together = run // width if width <= run else block // width if line <= width <= block else 1
-        by_line = 2 if own or (tile and together % tile == 0) else 1
+        by_line = 3 if own else 2 if tile and together % tile == 0 else 1
     column = 0 if width <= run else 1 if run == 1 and width <= line else 2 if width <= line else 3
     return Index(block, d.cols, d.keep, by_line, column)
 
