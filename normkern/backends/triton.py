@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkern.backends import triton_plan
-from normkern.backends.triton_plan import Chip, Fused, Index, Map, Plan, Reduce
+from normkern.backends import triton_plan, triton_tuning
+from normkern.backends.triton_plan import Chip, Fused, Index, Map, Plan, Reduce, Tuning
 from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Act, Domain, Moments, Problem
 
 WIDE_FROM = 1 << 30  # elements; offsets of padded tiles stay below 2^31 until here
@@ -164,7 +164,7 @@ class _Launcher:
             EPS=self.problem.eps, SECOND=self.second, A=self.A, **_finish(reduce.partials),
         )  # fmt: skip
 
-    def prepare(self, mean: Tensor | None, var: Tensor) -> list[Tensor | None]:
+    def prepare(self, mean: Tensor | None, var: Tensor | None) -> list[Tensor | None]:
         """The mean in two parts and 1/std of each group, in the compute type."""
         groups = self.problem.stats.groups
         arrays: list[Tensor | None] = [None, None, *self.arrays(1)] if self.second else [*self.arrays(3)]
@@ -282,24 +282,25 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the moments of every group if `save`; see backends.Backend."""
     launcher = _Launcher(problem, x)
-    given = problem.moments == Moments.given
     y = x.new_empty_strided(x.shape, x.stride())
     out_mean, out_var = _moments_of(launcher, save)
     params = [weight, bias, residual]
-    plan = triton_plan.plan_forward(problem, x.element_size(), chip_of(x.device), split)
-    with _on(x.device):
+
+    def run(tuning: Tuning) -> None:
+        plan = triton_plan.plan_forward(problem, x.element_size(), chip_of(x.device), split, tuning)
         if plan.fused:
             launcher.fused_forward(plan.fused, y, params, _or_none(out_mean), _or_none(out_var))
-            return y, out_mean, out_var
-        if given:
-            assert var is not None
-            arrays = launcher.prepare(mean, var)
-        else:
-            assert plan.reduce is not None
+            return
+        if plan.reduce:
             arrays = [None, None, *launcher.arrays(1)] if launcher.second else [*launcher.arrays(3)]
             launcher.reduce_moments(plan.reduce, _or_none(out_mean), _or_none(out_var), arrays)
+        else:
+            arrays = launcher.prepare(mean, var)
         assert plan.map is not None
         launcher.map_forward(plan.map, y, params, arrays)
+
+    with _on(x.device):
+        run(triton_tuning.choose("forward", problem, x, run))
     return y, out_mean, out_var
 
 
@@ -316,7 +317,6 @@ def backward(
     split: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual, of size 0 where `needs` has no bit; see backends.Backend."""
-    assert var is not None
     launcher = _Launcher(problem, x)
     groups = problem.affine.groups
     wanted = [bool(needs & bit) for bit in (NEED_DX, NEED_DWEIGHT, NEED_DBIAS, NEED_DRESIDUAL)]
@@ -329,31 +329,28 @@ def backward(
     ]
     params = [weight, bias, residual]
     gradients = wanted[1] or wanted[2]
-    plan = triton_plan.plan_backward(problem, x.element_size(), chip_of(x.device), gradients, split)
-    with _on(x.device):
+    shared = triton_plan.sums_shared(problem)
+
+    def run(tuning: Tuning) -> None:
+        plan = triton_plan.plan_backward(problem, x.element_size(), chip_of(x.device), gradients, split, tuning)
         if plan.fused:
             launcher.fused_backward(plan.fused, dy, params, mean, var, grads)
-        arrays: list[Tensor | None] = []
-        if plan.affine or plan.map:
-            arrays = launcher.prepare(mean, var)
+        arrays = launcher.prepare(mean, var) if plan.affine or plan.map else []
         if plan.affine:
             sums = launcher.reduce_gradients(plan.affine, problem.affine, dy, params, arrays, False)
             launcher.finish_gradients(plan.affine.partials, sums, grads[1:3], None, [None, None])
         if plan.map:
             averages: list[Tensor | None] = [None, None]
-            shared = triton_plan.sums_shared(problem)
             if plan.reduce and (wanted[0] or (shared and gradients)):
                 averages = [None, *launcher.arrays(1)] if launcher.second else [*launcher.arrays(2)]
                 sums = launcher.reduce_gradients(plan.reduce, problem.stats, dy, params, arrays, not shared)
-                launcher.finish_gradients(
-                    plan.reduce.partials,
-                    sums,
-                    grads[1:3] if shared else [None, None],
-                    weight if shared else None,
-                    averages,
-                )
+                own = grads[1:3] if shared else [None, None]
+                launcher.finish_gradients(plan.reduce.partials, sums, own, weight if shared else None, averages)
             if wanted[0] or wanted[3]:
                 launcher.map_backward(plan.map, dy, params, arrays, averages, grads[0], grads[3])
+
+    with _on(x.device):
+        run(triton_tuning.choose("backward", problem, x, run))
     return dx, dweight, dbias, dresidual
 
 
@@ -361,13 +358,17 @@ def moments(problem: Problem, x: Tensor, split: bool = False) -> tuple[Tensor, T
     """Mean and biased variance, or the second moment, of every group; see backends.Backend."""
     launcher = _Launcher(problem, x)
     mean, var = _moments_of(launcher, True)
-    plan = triton_plan.plan_moments(problem, x.element_size(), chip_of(x.device), split)
-    with _on(x.device):
+
+    def run(tuning: Tuning) -> None:
+        plan = triton_plan.plan_moments(problem, x.element_size(), chip_of(x.device), split, tuning)
         if plan.fused:
             launcher.fused_forward(plan.fused, None, [None, None, None], _or_none(mean), var)
         else:
             assert plan.reduce is not None
             launcher.reduce_moments(plan.reduce, _or_none(mean), var, [None, None, None])
+
+    with _on(x.device):
+        run(triton_tuning.choose("moments", problem, x, run))
     return mean, var
 
 
@@ -379,6 +380,115 @@ def _moments_of(launcher: _Launcher, save: bool) -> tuple[Tensor, Tensor]:
 
 def _or_none(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
+
+
+# ---- the operators that torch.compile sees: the arguments of torch.ops.normkern
+
+
+def _problem(stats: list[int], affine: list[int], kind: int, act: int, eps: float) -> Problem:
+    return Problem(Domain(*stats), Domain(*affine), Moments(kind), Act(act), eps)
+
+
+def _sizes(problem: Problem) -> tuple[list[int], list[int], int, int, float]:
+    return [*problem.stats.sizes], [*problem.affine.sizes], int(problem.moments), int(problem.act), problem.eps
+
+
+@torch.library.custom_op("normkern_triton::forward", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    stats: list[int],
+    affine: list[int],
+    kind: int,
+    act: int,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(_problem(stats, affine, kind, act, eps), x, weight, bias, residual, mean, var, save)
+
+
+@_forward_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    stats: list[int],
+    affine: list[int],
+    kind: int,
+    act: int,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty_strided(x.shape, x.stride()), *_fake_moments(x, stats, kind, save)
+
+
+@torch.library.custom_op("normkern_triton::backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    stats: list[int],
+    affine: list[int],
+    kind: int,
+    act: int,
+    eps: float,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return backward(_problem(stats, affine, kind, act, eps), dy, x, weight, bias, residual, mean, var, needs)
+
+
+@_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    stats: list[int],
+    affine: list[int],
+    kind: int,
+    act: int,
+    eps: float,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = affine[0] * affine[2]
+    return (
+        x.new_empty_strided(x.shape, x.stride()) if needs & NEED_DX else x.new_empty(0),
+        (x if weight is None else weight).new_empty(groups if needs & NEED_DWEIGHT else 0),
+        (x if bias is None else bias).new_empty(groups if needs & NEED_DBIAS else 0),
+        x.new_empty_strided(x.shape, x.stride()) if needs & NEED_DRESIDUAL else x.new_empty(0),
+    )
+
+
+@torch.library.custom_op("normkern_triton::moments", mutates_args=())
+def _moments_op(x: Tensor, stats: list[int], kind: int) -> tuple[Tensor, Tensor]:
+    return moments(_problem(stats, stats, kind, 0, 0.0), x)
+
+
+@_moments_op.register_fake
+def _(x: Tensor, stats: list[int], kind: int) -> tuple[Tensor, Tensor]:
+    return _fake_moments(x, stats, kind, True)
+
+
+def _fake_moments(x: Tensor, stats: list[int], kind: int, save: bool) -> tuple[Tensor, Tensor]:
+    groups = stats[0] * stats[2]
+    return (
+        x.new_empty(groups if save and kind == Moments.mean_var else 0, dtype=torch.float64),
+        x.new_empty(groups if save and kind != Moments.given else 0, dtype=torch.float64),
+    )
 
 
 class Triton:
@@ -405,6 +515,9 @@ class Triton:
         var: Tensor | None,
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            y, mean, var = _forward_op(x, weight, bias, residual, mean, var, *_sizes(problem), save)
+            return y, mean, var
         return forward(problem, x, weight, bias, residual, mean, var, save, self.split)
 
     def backward(
@@ -419,7 +532,15 @@ class Triton:
         var: Tensor | None,
         needs: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            dx, dweight, dbias, dresidual = _backward_op(
+                dy, x, weight, bias, residual, mean, var, *_sizes(problem), needs
+            )
+            return dx, dweight, dbias, dresidual
         return backward(problem, dy, x, weight, bias, residual, mean, var, needs, self.split)
 
     def moments(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            mean, var = _moments_op(x, [*problem.stats.sizes], int(problem.moments))
+            return mean, var
         return moments(problem, x, self.split)

@@ -15,11 +15,30 @@ from normkern.problem import Domain, Moments, Problem
 RUN_BYTES = 128  # shorter runs of a group are read across groups: one cache line of device memory
 FUSED_RUN_BYTES = 64  # runs that a fused tile may be made of: two sectors
 MOST_WARPS = 16
-# Elements that a thread holds of each tensor; more would spill (bench/results/triton/resources.csv).
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS, REDUCE_ELEMENTS, MAP_ELEMENTS = 32, 16, 8, 16
-COLUMN_WARPS = 8  # of a program that sums dweight over its tiles
-WAVES = 4  # programs per processor that a split reduction aims at
-ALIGNMENT = 16  # elements; the widest access is 16 bytes of 1 or more bytes each
+ALIGNMENT = 16  # elements; what the widest access asks for, whatever their size
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The free choices of a plan. The defaults are as many elements as a thread can hold of each tensor without
+    spilling (bench/results/triton/resources.csv); NORMKERN_TRITON_AUTOTUNE=1 measures the others of TUNINGS."""
+
+    forward: int = 32  # elements that a thread holds of each tensor, by program
+    backward: int = 16
+    reduce: int = 8
+    map: int = 16
+    column_warps: int = 8  # of a program that sums dweight over its tiles
+    waves: int = 4  # programs per processor that a split reduction aims at
+
+
+DEFAULT = Tuning()
+TUNINGS = (
+    DEFAULT,
+    Tuning(forward=16, backward=8, reduce=16, map=8),
+    Tuning(forward=8, backward=4, reduce=4, map=4, waves=8),
+    Tuning(column_warps=4, reduce=16, waves=2),
+    Tuning(column_warps=16, map=8, waves=8),
+)
 
 
 @dataclass(frozen=True)
@@ -204,11 +223,14 @@ def largest_tile(each: int, size: int, chip: Chip) -> int:
 # ---- fused
 
 
-def plan_fused(p: Problem, size: int, chip: Chip, backward: bool, gradients: bool) -> Fused | None:
+def plan_fused(
+    p: Problem, size: int, chip: Chip, backward: bool, gradients: bool, tuning: Tuning = DEFAULT
+) -> Fused | None:
     """One read, where a group fits into the registers of a program; else None."""
     d = simplify(p.stats)
-    each = BACKWARD_ELEMENTS if backward else FORWARD_ELEMENTS
-    most = largest_tile(each, size, chip)
+    each = tuning.backward if backward else tuning.forward
+    # What fits does not depend on the tuning, so that a tuned plan reads no more than an untuned one.
+    most = largest_tile(DEFAULT.backward if backward else DEFAULT.forward, size, chip)
     if d.rows == 1 and (lined := _lined(p, d, size, most)) is not None:
         lines, whole = lined, False
     elif d.rows == 1:
@@ -231,7 +253,7 @@ def plan_fused(p: Problem, size: int, chip: Chip, backward: bool, gradients: boo
         )
         tile = Tile(rows, columns, warps_of(rows * columns, each, chip))
         fused = Fused(lines, tile, whole, ceil_div(lines.batch, rows))
-    return with_gradients(p, fused, chip) if gradients else fused
+    return with_gradients(p, fused, chip, tuning) if gradients else fused
 
 
 def _lined(p: Problem, d: Domain, size: int, most: int) -> Lines | None:
@@ -246,7 +268,7 @@ def _lined(p: Problem, d: Domain, size: int, most: int) -> Lines | None:
     return Lines(d.batch, rows, 1, run)
 
 
-def with_gradients(p: Problem, fused: Fused, chip: Chip) -> Fused:
+def with_gradients(p: Problem, fused: Fused, chip: Chip, tuning: Tuning) -> Fused:
     """How dweight and dbias come out of the same read, where they can."""
     a, width = simplify(p.affine), fused.lines.width
     if sums_shared(p):
@@ -255,9 +277,9 @@ def with_gradients(p: Problem, fused: Fused, chip: Chip) -> Fused:
         return replace(fused, gradients="line", partials=Domain(a.batch, a.rows, a.keep, a.cols // width))
     if fused.whole and a.batch == 1 and a.keep * a.cols == width:
         # A program has a partial result of its own: few, large programs, as many as run at once.
-        elements = COLUMN_WARPS * chip.warp * BACKWARD_ELEMENTS
+        elements = tuning.column_warps * chip.warp * tuning.backward
         rows = min(max(elements // fused.tile.columns, 1), power_from(ceil_div(fused.lines.batch, chip.processors)))
-        tile = Tile(rows, fused.tile.columns, warps_of(rows * fused.tile.columns, BACKWARD_ELEMENTS, chip))
+        tile = Tile(rows, fused.tile.columns, warps_of(rows * fused.tile.columns, tuning.backward, chip))
         resident = chip.processors * max(MOST_WARPS // tile.warps, 1)
         programs = min(ceil_div(fused.lines.batch, rows), resident)
         partials = Domain(1, programs, a.keep, a.cols)
@@ -268,10 +290,12 @@ def with_gradients(p: Problem, fused: Fused, chip: Chip) -> Fused:
 # ---- split
 
 
-def plan_reduce(domain: Domain, size: int, chip: Chip, other: Domain | None = None) -> Reduce:
+def plan_reduce(
+    domain: Domain, size: int, chip: Chip, other: Domain | None = None, tuning: Tuning = DEFAULT
+) -> Reduce:
     """Any number of groups of any size. `other`: the domain whose groups the kernel looks up as well."""
     d = simplify(domain)
-    elements = REDUCE_ELEMENTS * chip.warp * 8  # eight warps
+    elements = tuning.reduce * chip.warp * 8  # eight warps
     by_column = d.cols * size < RUN_BYTES and d.groups > 1
     if by_column:
         lines = Lines(1, 1, 1, d.numel) if d.rows == 1 else Lines(d.batch, d.rows, 1, d.keep * d.cols)
@@ -290,27 +314,27 @@ def plan_reduce(domain: Domain, size: int, chip: Chip, other: Domain | None = No
         column_tiles = ceil_div(lines.width, columns)
         steps = ceil_div(lines.rows, rows) * column_tiles
     items = lines.groups * across
-    parts = min(max(ceil_div(WAVES * chip.processors, items), 1), steps)
+    parts = min(max(ceil_div(tuning.waves * chip.processors, items), 1), steps)
     steps_each = ceil_div(steps, parts)
     parts = ceil_div(steps, steps_each)
     if by_column:
         partials = Domain(d.batch, parts, d.keep, d.cols) if d.rows > 1 else Domain(1, parts, d.groups, d.cols)
     else:
         partials = Domain(d.groups, 1, 1, parts)
-    tile = Tile(rows, columns, warps_of(rows * columns, REDUCE_ELEMENTS, chip))
+    tile = Tile(rows, columns, warps_of(rows * columns, tuning.reduce, chip))
     return Reduce(lines, tile, by_column, across, parts, steps_each, column_tiles, items * parts, partials)
 
 
-def plan_map(p: Problem, size: int, chip: Chip) -> Map:
+def plan_map(p: Problem, size: int, chip: Chip, tuning: Tuning = DEFAULT) -> Map:
     """Lines on which both groups are constant, where they are long enough; else the shortest that are."""
     numel = p.stats.numel
     both = bounds(p.stats) + bounds(p.affine) + [numel]
     constant = min(simplify(p.stats).cols, simplify(p.affine).cols)
     width = min((b for b in both if b * size >= RUN_BYTES and b >= constant), default=numel)
-    elements = MAP_ELEMENTS * chip.warp * 4 // (2 if size == 8 else 1)
+    elements = tuning.map * chip.warp * 4 // (2 if size == 8 else 1)
     columns = min(power_from(width), elements)
     rows = min(elements // columns, power_from(numel // width))
-    tile = Tile(rows, columns, warps_of(rows * columns, MAP_ELEMENTS, chip))
+    tile = Tile(rows, columns, warps_of(rows * columns, tuning.map, chip))
     column_tiles = ceil_div(width, columns)
     return Map(width, tile, column_tiles, column_tiles * ceil_div(numel // width, rows))
 
@@ -318,26 +342,29 @@ def plan_map(p: Problem, size: int, chip: Chip) -> Map:
 # ---- the three passes
 
 
-def plan_moments(p: Problem, size: int, chip: Chip, split: bool = False) -> Plan:
-    fused = None if split else plan_fused(p, size, chip, False, False)
-    return Plan(fused=fused) if fused else Plan(reduce=plan_reduce(p.stats, size, chip))
+def plan_moments(p: Problem, size: int, chip: Chip, split: bool = False, tuning: Tuning = DEFAULT) -> Plan:
+    fused = None if split else plan_fused(p, size, chip, False, False, tuning)
+    return Plan(fused=fused) if fused else Plan(reduce=plan_reduce(p.stats, size, chip, None, tuning))
 
 
-def plan_forward(p: Problem, size: int, chip: Chip, split: bool = False) -> Plan:
+def plan_forward(p: Problem, size: int, chip: Chip, split: bool = False, tuning: Tuning = DEFAULT) -> Plan:
     given = p.moments == Moments.given
-    fused = None if split or given else plan_fused(p, size, chip, False, False)
+    fused = None if split or given else plan_fused(p, size, chip, False, False, tuning)
     if fused:
         return Plan(fused=fused)
-    return Plan(reduce=None if given else plan_reduce(p.stats, size, chip), map=plan_map(p, size, chip))
+    reduce = None if given else plan_reduce(p.stats, size, chip, None, tuning)
+    return Plan(reduce=reduce, map=plan_map(p, size, chip, tuning))
 
 
-def plan_backward(p: Problem, size: int, chip: Chip, gradients: bool, split: bool = False) -> Plan:
+def plan_backward(
+    p: Problem, size: int, chip: Chip, gradients: bool, split: bool = False, tuning: Tuning = DEFAULT
+) -> Plan:
     """`gradients`: dweight or dbias is wanted."""
     given = p.moments == Moments.given
-    fused = None if split or given else plan_fused(p, size, chip, True, gradients)
+    fused = None if split or given else plan_fused(p, size, chip, True, gradients, tuning)
     own = gradients and not sums_shared(p) and (fused is None or not fused.gradients)
-    affine = plan_reduce(p.affine, size, chip, p.stats) if own else None
+    affine = plan_reduce(p.affine, size, chip, p.stats, tuning) if own else None
     if fused:
         return Plan(fused=fused, affine=affine)
-    reduce = None if given else plan_reduce(p.stats, size, chip, p.affine)
-    return Plan(reduce=reduce, map=plan_map(p, size, chip), affine=affine)
+    reduce = None if given else plan_reduce(p.stats, size, chip, p.affine, tuning)
+    return Plan(reduce=reduce, map=plan_map(p, size, chip, tuning), affine=affine)
