@@ -47,6 +47,11 @@ class Setup:
         return self.name.startswith("emulated")
 
     @property
+    def simulated(self) -> bool:
+        """What is meant for a GPU runs on the CPU, some thousand times slower."""
+        return self.emulated or self.interpreted
+
+    @property
     def interpreted(self) -> bool:
         return self.name.startswith("triton") and self.device == "cpu"
 

@@ -1,7 +1,8 @@
 # Compiles the kernels of the Triton backend ahead of time, for named GPUs and without one, exactly as a call would
 # launch them: the launches of a call are recorded and each kernel is compiled with the arguments it got. Prints a row
-# per kernel as CSV: registers, spills, shared memory, 16-byte accesses. Run in a process of its own, since
-# TRITON_INTERPRET must be off when Triton is imported.
+# per kernel as CSV: registers, spills, shared memory, 16-byte accesses.
+#   python tests/triton_compile.py [--few] [80] [90] [100]
+# A process of its own, since TRITON_INTERPRET must be off when Triton is imported.
 from __future__ import annotations
 
 import contextlib
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from normkern import problem
 from normkern.backends import triton as backend
 from normkern.backends import triton_kernels
 from normkern.backends.triton_plan import Chip
-from normkern.problem import Problem
+from normkern.problem import Act, Moments, Problem
 
 CHIPS = {80: Chip(108), 90: Chip(132), 100: Chip(148)}  # A100, H100 and H200, B200
 KERNELS = (
@@ -176,32 +178,111 @@ def is_wide(modifiers: str) -> bool:
     return bool(found) and int(found[1]) * int(found[2]) >= 128  # type: ignore[index]
 
 
-def calls(problem: Problem, x: Tensor, param_dtype: torch.dtype, second: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Forward and backward of a problem with weight and bias."""
-    groups = problem.affine.groups
-    weight = torch.empty(groups, dtype=param_dtype, device=x.device)
+@dataclass(frozen=True)
+class Shape:
+    """What networks run: LayerNorm and RMSNorm, GroupNorm with SiLU in 32 groups, BatchNorm with ReLU; bfloat16 with
+    float32 parameters."""
+
+    norm: str
+    shape: tuple[int, ...]
+    last: bool = False  # channels last
+
+    def __str__(self) -> str:
+        return f"{self.norm} {'x'.join(map(str, self.shape))}{' channels_last' if self.last else ''}"
+
+    def problem(self) -> tuple[Problem, Tensor]:
+        x = torch.empty(self.shape, dtype=torch.bfloat16, device="meta")
+        x = x.to(memory_format=torch.channels_last) if self.last else x
+        sizes, strides = tuple(x.shape), x.stride()
+        found = {
+            "layer": lambda: problem.layer(sizes, strides, 1),
+            "rms": lambda: problem.layer(sizes, strides, 1, second=True),
+            "group": lambda: problem.group(sizes, strides, 32, Act.silu),
+            "batch": lambda: problem.batch(sizes, strides, Act.relu),
+        }[self.norm]()
+        assert found is not None
+        return found, x
+
+
+ROWS = (
+    (16384, 768), (65536, 1024), (16384, 4096), (8192, 8192), (4096, 16384), (65536, 4096), (4096, 65536),
+    (1024, 12288), (131072, 128),
+)  # fmt: skip
+GROUPS = (
+    (2, 1280, 8, 8), (2, 1280, 16, 16), (2, 640, 32, 32), (2, 320, 64, 64), (2, 640, 64, 64), (2, 320, 128, 128),
+    (16, 320, 64, 64), (16, 1280, 32, 32), (1, 512, 256, 256), (1, 128, 512, 512),
+)  # fmt: skip
+IMAGES = (
+    (256, 64, 112, 112), (256, 64, 56, 56), (256, 256, 56, 56), (256, 128, 28, 28), (256, 512, 28, 28),
+    (256, 256, 14, 14), (256, 1024, 14, 14), (256, 512, 7, 7), (256, 2048, 7, 7),
+)  # fmt: skip
+SHAPES = (
+    [Shape(norm, shape) for norm in ("layer", "rms") for shape in ROWS]
+    + [Shape("group", shape, last) for last in (False, True) for shape in GROUPS]
+    + [Shape("batch", shape, last) for last in (False, True) for shape in IMAGES]
+)
+# One of each kind of plan.
+FEW = [
+    Shape("layer", (16384, 4096)),
+    Shape("rms", (131072, 128)),
+    Shape("layer", (4096, 16384)),
+    Shape("group", (2, 1280, 8, 8)),
+    Shape("group", (16, 320, 64, 64)),
+    Shape("group", (16, 320, 64, 64), last=True),
+    Shape("batch", (256, 64, 56, 56)),
+    Shape("batch", (256, 256, 14, 14), last=True),
+]
+
+
+def calls(p: Problem, x: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Forward and backward with weight and, but for RMSNorm, bias."""
+    second = p.moments == Moments.second
+    weight = torch.empty(p.affine.groups, device=x.device)
     bias = None if second else weight.clone()
-    moments = torch.empty(problem.stats.groups, dtype=torch.float64, device=x.device)
+    moments = torch.empty(p.stats.groups, dtype=torch.float64, device=x.device)
     mean = None if second else moments
     needs = 3 if second else 7
-    yield "forward", lambda: backend.forward(problem, x, weight, bias, None, None, None, True)
-    yield "backward", lambda: backend.backward(problem, x, x, weight, bias, None, mean, moments, needs)
+    yield "forward", lambda: backend.forward(p, x, weight, bias, None, None, None, True)
+    yield "backward", lambda: backend.backward(p, x, x, weight, bias, None, mean, moments, needs)
 
 
-def rows_of(name: str, problem: Problem, x: Tensor, second: bool, archs: list[int]) -> Iterator[Row]:
+def launches_of(shape: Shape, arch: int) -> Iterator[tuple[str, Launch]]:
+    for direction, call in calls(*shape.problem()):
+        with recorded(CHIPS[arch]) as launches:
+            call()
+        for launch in launches:
+            yield f"{shape} {direction}", launch
+
+
+def rows_of(shapes: list[Shape], archs: list[int]) -> Iterator[Row]:
+    """What differs only in run-time arguments is compiled once."""
+    known: dict[Any, Row] = {}
     for arch in archs:
-        for direction, call in calls(problem, x, torch.float32, second):
-            with recorded(CHIPS[arch]) as launches:
-                call()
-            for launch in launches:
-                yield row(f"{name} {direction}", launch, arch)
+        for shape in shapes:
+            for case, launch in launches_of(shape, arch):
+                key = (arch, launch.kernel, compile_key(launch))
+                if key not in known:
+                    known[key] = row(case, launch, arch)
+                yield replace(known[key], case=case, grid=launch.grid)
 
 
-def write(rows: list[Row], file: Any) -> None:
+def compile_key(launch: Launch) -> Any:
+    """All that a launch is compiled for."""
+    arguments = dict(launch.arguments)
+    kernel = getattr(triton_kernels, launch.kernel)
+    types, constants, attributes = signature(kernel, arguments, True)
+    return str(sorted(types.items())), str(sorted(constants.items())), str(attributes), arguments.get("num_warps")
+
+
+def write(rows: Iterator[Row], file: Any) -> None:
+    names = [f.name for f in fields(Row)]
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([f.name for f in fields(Row)])
-    writer.writerows([[getattr(r, f.name) for f in fields(Row)] for r in rows])
+    writer.writerow(names)
+    for found in rows:
+        writer.writerow([getattr(found, name) for name in names])
+        file.flush()
 
 
 if __name__ == "__main__":
-    sys.exit("a module of tests/test_triton_compile.py and bench/triton_resources.py")
+    few = "--few" in sys.argv
+    write(rows_of(FEW if few else SHAPES, [int(a) for a in sys.argv[1:] if a.isdigit()] or list(CHIPS)), sys.stdout)
