@@ -54,7 +54,7 @@ class Memory:
                 read[at] = np.where((read[at] == NOBODY) | (read[at] == program), program, len(self.programs) + 1)
                 continue
             if ((read[at] != NOBODY) & (read[at] != program)).any():
-                raise RuntimeError("race: store to what another program read")
+                raise RuntimeError("race: store of what another program read")
             if len(np.unique(at)) != at.size:
                 raise RuntimeError("race: one store writes an element twice")
             written[at] = program

@@ -39,10 +39,8 @@ def _kernels() -> Any:
 
 
 @functools.cache
-def _missing() -> str | None:
-    """Why Triton cannot be used at all, if so."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; `pip install triton`"
+def _broken() -> str | None:
+    """Why an installed Triton cannot be used, if so."""
     try:
         _kernels()
     except Exception as error:  # whatever a broken installation raises
@@ -498,11 +496,15 @@ class Triton:
 
     def __init__(self, split: bool = False) -> None:
         self.split = split
+        self.installed = importlib.util.find_spec("triton") is not None
 
     def why_not(self, x: Tensor) -> str | None:
         if not x.is_cuda and not (x.is_cpu and interpreted()):
             return f"Triton kernels need a GPU that torch calls cuda; the tensor is on {x.device.type}"
-        return _missing()
+        if not self.installed:
+            return "Triton is not installed; `pip install triton`"
+        # torch.compile cannot look into an import; there the operator says what is wrong, when it runs.
+        return None if torch.compiler.is_compiling() else _broken()
 
     def forward(
         self,

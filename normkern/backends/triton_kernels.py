@@ -135,7 +135,7 @@ def lines_of_tile(tile, groups, rows, keep, WHOLE: tl.constexpr, R: tl.constexpr
     """The lines of a fused tile, whether they are there, their group ([R], or a number where they share one), and the
     first line."""
     if WIDE:
-        tile = tile.to(tl.int64)
+        tile = tl.cast(tile, tl.int64)  # a plain number where the interpreter runs a loop
     r = tl.arange(0, R)
     if WHOLE:
         first = tile * R
