@@ -233,7 +233,9 @@ def test_tuning_is_off_by_default_and_survives_a_bad_file(tmp_path: Path, monkey
 # ---- the interpreter of the tests
 
 
-@pytest.mark.skipif("triton_interpreter" not in sys.modules, reason="runs on the GPU itself, or Triton is not installed")
+@pytest.mark.skipif(
+    "triton_interpreter" not in sys.modules, reason="runs on the GPU itself, or Triton is not installed"
+)
 class TestInterpreter:
     def test_bfloat16_rounds_like_torch(self) -> None:
         from triton_interpreter import to_bfloat16

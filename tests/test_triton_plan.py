@@ -41,7 +41,7 @@ def contiguous(*shape: int) -> tuple[int, ...]:
 
 
 def channels_last(*shape: int) -> tuple[int, ...]:
-    n, c, *spatial = shape
+    c, *spatial = shape[1:]
     return (math.prod(shape[1:]), 1, *(s * c for s in contiguous(*spatial)))
 
 
@@ -93,22 +93,70 @@ GOLDEN = [
     (H200, layer(131072, 128), 2, True, "fused 264 of 32x128/8 by column"),
     (A100, layer(65536, 1024), 4, True, "fused 216 of 4x1024/8 by column"),
     (H200, layer(4096, 16384), 2, False, "fused 4096 of 1x16384/16"),
-    (H200, layer(4096, 16384), 2, True, "reduce rows 4096 of 1x2048/8, 1 parts; map 32768 of 1x2048/4; affine columns 768 of 32x64/8, 3 parts"),
-    (H200, layer(1024, 12288), 2, True, "reduce rows 1024 of 1x2048/8, 1 parts; map 6144 of 1x2048/4; affine columns 576 of 32x64/8, 3 parts"),
+    (
+        H200,
+        layer(4096, 16384),
+        2,
+        True,
+        "reduce rows 4096 of 1x2048/8, 1 parts; map 32768 of 1x2048/4; affine columns 768 of 32x64/8, 3 parts",
+    ),
+    (
+        H200,
+        layer(1024, 12288),
+        2,
+        True,
+        "reduce rows 1024 of 1x2048/8, 1 parts; map 6144 of 1x2048/4; affine columns 576 of 32x64/8, 3 parts",
+    ),
     (H200, layer(8, 100_003), 2, False, "reduce rows 392 of 1x2048/8, 49 parts; map 392 of 1x2048/4"),
-    (L4, layer(64, 1_000_003), 4, True, "reduce rows 256 of 1x2048/8, 4 parts; map 31296 of 1x2048/4; affine columns 31251 of 64x32/8, 1 parts"),
+    (
+        L4,
+        layer(64, 1_000_003),
+        4,
+        True,
+        "reduce rows 256 of 1x2048/8, 4 parts; map 31296 of 1x2048/4; affine columns 31251 of 64x32/8, 1 parts",
+    ),
     (H200, layer(1_000_000, 8), 8, False, "fused 15625 of 64x8/1"),
     (H200, group((2, 1280, 8, 8), 32), 2, True, "fused 64 of 64x64/8 by line"),
     (H200, group((2, 1280, 16, 16), 32), 2, False, "fused 64 of 64x256/16"),
     (H200, group((16, 320, 64, 64), 32), 2, False, "reduce rows 1024 of 1x2048/8, 2 parts; map 10240 of 1x2048/4"),
-    (H200, group((16, 320, 64, 64), 32), 2, True, "reduce rows 1024 of 1x2048/8, 2 parts; map 10240 of 1x2048/4; affine rows 640 of 1x2048/8, 2 parts"),
-    (H200, group((1, 512, 256, 256), 32), 2, True, "reduce rows 544 of 1x2048/8, 17 parts; map 16384 of 1x2048/4; affine rows 1024 of 1x2048/8, 2 parts"),
-    (H200, group((16, 320, 64, 64), 32, last=True), 2, True, "reduce columns 560 of 32x64/8, 7 parts; map 16384 of 4x512/4; affine columns 515 of 32x64/8, 103 parts"),
-    (A100, group((2, 1280, 8, 8), 32, last=True), 2, True, "fused 64 of 64x64/8; affine columns 80 of 32x64/8, 4 parts"),
+    (
+        H200,
+        group((16, 320, 64, 64), 32),
+        2,
+        True,
+        "reduce rows 1024 of 1x2048/8, 2 parts; map 10240 of 1x2048/4; affine rows 640 of 1x2048/8, 2 parts",
+    ),
+    (
+        H200,
+        group((1, 512, 256, 256), 32),
+        2,
+        True,
+        "reduce rows 544 of 1x2048/8, 17 parts; map 16384 of 1x2048/4; affine rows 1024 of 1x2048/8, 2 parts",
+    ),
+    (
+        H200,
+        group((16, 320, 64, 64), 32, last=True),
+        2,
+        True,
+        "reduce columns 560 of 32x64/8, 7 parts; map 16384 of 4x512/4; affine columns 515 of 32x64/8, 103 parts",
+    ),
+    (
+        A100,
+        group((2, 1280, 8, 8), 32, last=True),
+        2,
+        True,
+        "fused 64 of 64x64/8; affine columns 80 of 32x64/8, 4 parts",
+    ),
     (H200, batch((256, 64, 112, 112)), 2, False, "reduce rows 576 of 1x2048/8, 9 parts; map 114688 of 1x2048/4"),
     (H200, batch((256, 64, 112, 112)), 2, True, "reduce rows 576 of 1x2048/8, 9 parts; map 114688 of 1x2048/4"),
     (H200, batch((256, 512, 7, 7)), 2, True, "reduce columns 784 of 32x64/8, 2 parts; map 3328 of 1x2048/4"),
-    (H200, batch((256, 256, 14, 14), last=True), 2, True, "reduce columns 524 of 32x64/8, 131 parts; map 6272 of 8x256/4"),
+    (
+        H200,
+        batch((256, 256, 14, 14), last=True),
+        2,
+        True,
+        "reduce columns 524 of 32x64/8, 131 parts; map 6272 of 8x256/4",
+    ),
     (L4, batch((8, 64, 16, 16)), 4, True, "fused 64 of 8x256/4 by group"),
     (H200, batch((4096, 1000)), 2, False, "reduce columns 512 of 32x64/8, 32 parts; map 2048 of 2x1024/4"),
 ]
@@ -197,10 +245,13 @@ def assert_sound(p: Problem, plan: Plan, size: int, chip: Chip, backward: bool) 
         f = plan.fused
         assert f.tile.lines >= (1 if f.whole else f.lines.rows)
         assert f.tile.columns >= f.lines.width
-        assert f.tile.elements <= triton_plan.largest_tile(DEFAULT.backward if backward else DEFAULT.forward, size, chip)
+        assert f.tile.elements <= triton_plan.largest_tile(
+            DEFAULT.backward if backward else DEFAULT.forward, size, chip
+        )
         domains = [(p.affine, triton_plan.fused_index(f, p))]
         assert_covers(visits_fused(f), f.lines.width, domains, numel)
         if f.gradients in ("line", "column"):
+            assert f.partials is not None
             assert f.partials.groups == p.affine.groups
             count = f.programs * f.lines.width if f.gradients == "column" else numel // f.lines.width
             assert f.partials.numel == count

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from normkern.backends import triton_plan, triton_tuning
-from normkern.backends.triton_plan import Chip, Fused, Index, Map, Plan, Reduce, Tuning
+from normkern.backends.triton_plan import Chip, Fused, Index, Map, Reduce, Tuning
 from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Act, Domain, Moments, Problem
 
 WIDE_FROM = 1 << 30  # elements; offsets of padded tiles stay below 2^31 until here
@@ -82,6 +82,14 @@ class _Launcher:
         """`count` vectors of the compute type with an element per statistics group."""
         return list(self.empty(count * self.problem.stats.groups, self.compute).view(count, -1))
 
+    def moment_arrays(self) -> list[Tensor | None]:
+        """For the mean in two parts, which a second moment has not, and 1/std."""
+        return [None, None, *self.arrays(1)] if self.second else [*self.arrays(3)]
+
+    def average_arrays(self) -> list[Tensor | None]:
+        """For the averages of g, which a second moment does without, and of g*xhat."""
+        return [None, *self.arrays(1)] if self.second else [*self.arrays(2)]
+
     def geometry(self, width: int) -> dict[str, Any]:
         align = triton_plan.alignment(width)
         return {"units": width // align, "ALIGN": align, "WIDE": self.wide, "A": self.A}
@@ -119,9 +127,9 @@ class _Launcher:
     ) -> None:
         dx, dweight, dbias, dresidual = grads
         first, second = dbias, dweight
-        partial = fused.gradients in ("line", "column")
-        if partial:
-            first, second = (None if t is None else self.empty(fused.partials.numel) for t in (dbias, dweight))
+        partials = fused.partials
+        if partials:
+            first, second = (None if t is None else self.empty(partials.numel) for t in (dbias, dweight))
         elif not fused.gradients:
             first = second = None
         tiles = triton_plan.ceil_div(fused.lines.groups, fused.tile.lines) if fused.whole else fused.lines.groups
@@ -129,8 +137,8 @@ class _Launcher:
             dy, self.x, *params, mean, var, dx, dresidual, second, first,
             tiles=tiles, GRADIENTS=GRADIENTS[fused.gradients], **self._fused(fused),
         )  # fmt: skip
-        if partial:
-            self.finish_gradients(fused.partials, [first, second], [dweight, dbias], None, [None, None])
+        if partials:
+            self.finish_gradients(partials, [first, second], [dweight, dbias], None, [None, None])
 
     def _reduce(self, reduce: Reduce) -> dict[str, Any]:
         lines, tile = reduce.lines, reduce.tile
@@ -154,9 +162,7 @@ class _Launcher:
     ) -> None:
         count = reduce.partials.numel
         partials = [None, None, self.empty(count)] if self.second else list(self.empty(3 * count).view(3, -1))
-        self.kernels.reduce_moments[(reduce.programs,)](
-            self.x, *partials, SECOND=self.second, **self._reduce(reduce)
-        )
+        self.kernels.reduce_moments[(reduce.programs,)](self.x, *partials, SECOND=self.second, **self._reduce(reduce))
         self.kernels.finish_moments[_finish_grid(reduce.partials)](
             *partials, mean, var, *arrays, count=self.problem.stats.count,
             EPS=self.problem.eps, SECOND=self.second, A=self.A, **_finish(reduce.partials),
@@ -165,7 +171,7 @@ class _Launcher:
     def prepare(self, mean: Tensor | None, var: Tensor | None) -> list[Tensor | None]:
         """The mean in two parts and 1/std of each group, in the compute type."""
         groups = self.problem.stats.groups
-        arrays: list[Tensor | None] = [None, None, *self.arrays(1)] if self.second else [*self.arrays(3)]
+        arrays = self.moment_arrays()
         self.kernels.prepare[(triton_plan.ceil_div(groups, PREPARE_GROUPS),)](
             None if self.second else mean, var, *arrays, groups=groups,
             EPS=self.problem.eps, A=self.A, G=PREPARE_GROUPS,
@@ -290,7 +296,7 @@ def forward(
             launcher.fused_forward(plan.fused, y, params, _or_none(out_mean), _or_none(out_var))
             return
         if plan.reduce:
-            arrays = [None, None, *launcher.arrays(1)] if launcher.second else [*launcher.arrays(3)]
+            arrays = launcher.moment_arrays()
             launcher.reduce_moments(plan.reduce, _or_none(out_mean), _or_none(out_var), arrays)
         else:
             arrays = launcher.prepare(mean, var)
@@ -340,9 +346,9 @@ def backward(
         if plan.map:
             averages: list[Tensor | None] = [None, None]
             if plan.reduce and (wanted[0] or (shared and gradients)):
-                averages = [None, *launcher.arrays(1)] if launcher.second else [*launcher.arrays(2)]
+                averages = launcher.average_arrays()
                 sums = launcher.reduce_gradients(plan.reduce, problem.stats, dy, params, arrays, not shared)
-                own = grads[1:3] if shared else [None, None]
+                own: list[Tensor | None] = grads[1:3] if shared else [None, None]
                 launcher.finish_gradients(plan.reduce.partials, sums, own, weight if shared else None, averages)
             if wanted[0] or wanted[3]:
                 launcher.map_backward(plan.map, dy, params, arrays, averages, grads[0], grads[3])

@@ -453,7 +453,7 @@ def finish_moments(
     group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     group_in = group < groups
     top = group // keep * (parts * keep * cols) + group % keep * cols
-    n = count.to(tl.float64)
+    share = 1.0 / count.to(tl.float64)
     m2 = tl.zeros([J, G], tl.float64)
     off = tl.zeros([J, G], tl.float64)
     if not SECOND:
@@ -464,13 +464,13 @@ def finish_moments(
         at = top[None, :] + (j // cols * (keep * cols) + j % cols)[:, None]
         m2 += tl.load(m2s + at, mask=inside, other=0)
         if not SECOND:
-            share = tl.load(counts + at, mask=inside, other=0)
+            n = tl.load(counts + at, mask=inside, other=0)
             away = tl.where(inside, tl.load(means + at, mask=inside, other=0) - origin[None, :], 0.0)
-            off += share * away
-            m2 += share * away * away
-    var = tl.sum(m2, 0) / n
+            off += n * away
+            m2 += n * away * away
+    var = tl.sum(m2, 0) * share
     if not SECOND:
-        shift = tl.sum(off, 0) / n
+        shift = tl.sum(off, 0) * share
         var = var - shift * shift
         var = tl.where(var < 0, 0.0, var)
         mean = origin + shift
@@ -540,8 +540,8 @@ def prepare(mean, var, high_out, low_out, rstd_out, groups, EPS: tl.constexpr, A
 
 @triton.jit
 def map_place(lines, units, column_tiles, R: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
-    """The lines and columns of a program and its first line, from the end to the start: a reduction before it read the buffer the other
-    way, and what it read last is in the cache."""
+    """The lines and columns of a program and its first line. From the end to the start: a reduction before it read the
+    buffer the other way, and what it read last is in the cache."""
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)

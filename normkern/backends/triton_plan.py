@@ -15,7 +15,8 @@ from normkern.problem import Domain, Moments, Problem
 RUN_BYTES = 128  # shorter runs of a group are read across groups: one cache line of device memory
 FUSED_RUN_BYTES = 64  # runs that a fused tile may be made of: two sectors
 MOST_WARPS = 16
-ALIGNMENT = 16  # elements; what the widest access asks for, whatever their size
+ACCESS_BYTES = 16  # the widest access of a thread
+ALIGNMENT = 16  # elements, enough for it whatever their size
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,12 @@ class Lines:
 
 @dataclass(frozen=True)
 class Index:
-    """Where a domain's group of an element comes from. `line`: 0 not from its line, 1 from each line, 2 from the first
-    line of a tile, since all of them share it, 3 from the first line of a program likewise. `column`: 0 not from its column, 1 the column is the group, 2 column //
-    cols, 3 that and the wrap at the end of a line of the domain."""
+    """Where a domain's group of an element comes from.
+
+    `line`: 0 not from its line, 1 from each line, 2 from the first line of a tile, since all of them share it, 3 from
+    the first line of a program likewise. `column`: 0 not from its column, 1 the column is the group, 2 column // cols,
+    3 that and the wrap at the end of a line of the domain.
+    """
 
     block: int
     cols: int
@@ -122,7 +126,7 @@ class Fused:
     # Backward: how dweight and dbias come about, "" not here, "group" from the group's own sums, "line" from each
     # line's, "column" from sums that a program keeps over all its tiles; the last two leave partial results.
     gradients: str = ""
-    partials: Domain = Domain()
+    partials: Domain | None = None
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,11 @@ def bounds(domain: Domain) -> list[int]:
 
 
 def index_of(domain: Domain, width: int, tile: int | None = None, own: bool = False) -> Index:
-    """The groups of `domain` in a buffer of lines of `width` elements. `tile`: so many lines of a tile follow each other
-    from a multiple of it. `own`: all lines of a program share their group."""
+    """The groups of `domain` in a buffer of lines of `width` elements.
+
+    `tile`: so many lines of a tile follow each other from a multiple of it. `own`: all lines of a program share their
+    group.
+    """
     d = simplify(domain)
     run, line, block = bounds(d)
     if any(bound % width and width % bound for bound in (run, line, block)):
@@ -230,7 +237,8 @@ def plan_fused(
     d = simplify(p.stats)
     each = tuning.backward if backward else tuning.forward
     # What fits does not depend on the tuning, so that a tuned plan reads no more than an untuned one.
-    most = largest_tile(DEFAULT.backward if backward else DEFAULT.forward, size, chip)
+    limit = DEFAULT.backward if backward else DEFAULT.forward
+    most = largest_tile(limit, size, chip)
     if d.rows == 1 and (lined := _lined(p, d, size, most)) is not None:
         lines, whole = lined, False
     elif d.rows == 1:
@@ -239,6 +247,8 @@ def plan_fused(
         lines, whole = Lines(d.batch, d.rows, d.keep, d.cols), False
     else:
         return None
+    if alignment(lines.width) * size < ACCESS_BYTES:  # element by element, which takes registers for each
+        each, most = max(each // 2, 1), most // 2
     columns = power_from(lines.width)
     if (1 if whole else power_from(lines.rows)) * columns > most:
         return None
@@ -248,9 +258,7 @@ def plan_fused(
         fused = Fused(lines, tile, whole, lines.groups)
     else:
         # Two warps' worth of short groups to a program, but no fewer programs than processors.
-        rows = min(
-            max(2 * chip.warp * each // columns, 1), power_from(ceil_div(lines.batch, chip.processors)), 64
-        )
+        rows = min(max(2 * chip.warp * each // columns, 1), power_from(ceil_div(lines.batch, chip.processors)), 64)
         tile = Tile(rows, columns, warps_of(rows * columns, each, chip))
         fused = Fused(lines, tile, whole, ceil_div(lines.batch, rows))
     return with_gradients(p, fused, chip, tuning) if gradients else fused
@@ -290,9 +298,7 @@ def with_gradients(p: Problem, fused: Fused, chip: Chip, tuning: Tuning) -> Fuse
 # ---- split
 
 
-def plan_reduce(
-    domain: Domain, size: int, chip: Chip, other: Domain | None = None, tuning: Tuning = DEFAULT
-) -> Reduce:
+def plan_reduce(domain: Domain, size: int, chip: Chip, other: Domain | None = None, tuning: Tuning = DEFAULT) -> Reduce:
     """Any number of groups of any size. `other`: the domain whose groups the kernel looks up as well."""
     d = simplify(domain)
     elements = tuning.reduce * chip.warp * 8  # eight warps
