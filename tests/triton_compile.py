@@ -70,6 +70,9 @@ class Row:
     wide_stores: int
     narrow_loads: int
     narrow_stores: int
+    widest_load: int  # bytes
+    widest_store: int
+    triton: str = triton.__version__
 
 
 class Recorder:
@@ -151,10 +154,7 @@ def row(case: str, launch: Launch, arch: int) -> Row:
     assert registers
     assert spills
 
-    def count(kind: str, wide: bool) -> int:
-        found = re.findall(rf"\b{kind}\.global((?:\.\w+(?:::\w+)*)*)", ptx)
-        return sum(is_wide(modifiers) == wide for modifiers in found)
-
+    loads, stores = (access_bytes(kind, ptx) for kind in ("ld", "st"))
     return Row(
         f"sm_{arch}",
         case,
@@ -165,17 +165,19 @@ def row(case: str, launch: Launch, arch: int) -> Row:
         int(registers[1]),
         int(spills[1]) + int(spills[2]),
         binary.metadata.shared,
-        count("ld", True),
-        count("st", True),
-        count("ld", False),
-        count("st", False),
+        sum(size >= 16 for size in loads),
+        sum(size >= 16 for size in stores),
+        sum(size < 16 for size in loads),
+        sum(size < 16 for size in stores),
+        max(loads, default=0),
+        max(stores, default=0),
     )
 
 
-def is_wide(modifiers: str) -> bool:
-    """16 bytes or more at once: .v4.b32, .v2.b64, .v8.b32."""
-    found = re.search(r"\.v(\d)\.[bfus](\d+)", modifiers)
-    return bool(found) and int(found[1]) * int(found[2]) >= 128  # type: ignore[index]
+def access_bytes(kind: str, ptx: str) -> list[int]:
+    """What each access of device memory in the code moves: 16 for ld.global.v4.b32."""
+    found = re.findall(rf"\b{kind}\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
+    return [int(count or 1) * int(bits) // 8 for count, bits in found]
 
 
 @dataclass(frozen=True)
