@@ -18,7 +18,9 @@ def main() -> int:
     # A process of its own: kernels are compiled only where Triton was imported without its interpreter.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
     with path.open("w") as file:
-        return subprocess.run([sys.executable, str(TESTS / "triton_compile.py")], stdout=file, env=environment).returncode
+        return subprocess.run(
+            [sys.executable, str(TESTS / "triton_compile.py")], stdout=file, env=environment
+        ).returncode
 
 
 if __name__ == "__main__":
