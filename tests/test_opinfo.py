@@ -40,7 +40,7 @@ def test_samples(backend: Setup, name: str, dtype: torch.dtype) -> None:
     op, ours = OPS[name], getattr(normkern, name)
     samples = [*op.sample_inputs("cpu", dtype), *op.reference_inputs("cpu", dtype)]
     assert len(samples) >= 12
-    if backend.emulated:
+    if backend.simulated:
         samples = samples[::4]
     for sample in samples:
         if name == "rms_norm" and sample.kwargs.get("eps") is None:
