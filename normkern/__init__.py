@@ -2,6 +2,7 @@
 
 from normkern import nn
 from normkern.backends import use_backend
+from normkern.conv_norm import conv_norm, preconditioner
 from normkern.explain import explain
 from normkern.functional import (
     add_layer_norm,
@@ -20,12 +21,14 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
+    "conv_norm",
     "explain",
     "group_norm",
     "instance_norm",
     "layer_norm",
     "moments",
     "nn",
+    "preconditioner",
     "rms_norm",
     "use_backend",
 ]
