@@ -14,6 +14,7 @@ from normkern.functional import (
     moments,
     rms_norm,
 )
+from normkern.nn.conv import convert_conv_norm
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "batch_norm",
     "conv_norm",
+    "convert_conv_norm",
     "explain",
     "group_norm",
     "instance_norm",

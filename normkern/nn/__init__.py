@@ -1,5 +1,6 @@
 """nn: the stock modules with normkern's forward."""
 
+from normkern.nn.conv import ConvNorm2d
 from normkern.nn.norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -16,6 +17,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConvNorm2d",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
