@@ -47,8 +47,9 @@ NK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- lags ----
 
+// `depth` is a multiple of kLagLanes.
 template <int rows, int cols>
-NK_INLINE void add_products(const double* taps, const Taps& t, double* sums) {
+NK_INLINE void add_products(const double* taps, const Taps& t, int64_t depth, double* sums) {
   const int64_t kh = rows ? rows : t.rows, kw = cols ? cols : t.cols;
   for (int64_t p1 = 0; p1 < kh; ++p1) {
     for (int64_t p2 = 0; p2 < kw; ++p2) {
@@ -59,7 +60,7 @@ NK_INLINE void add_products(const double* taps, const Taps& t, double* sums) {
           double* sum = sums + (first + q2 - p2) * kLagLanes;
           double lane[kLagLanes];
           for (int l = 0; l < kLagLanes; ++l) lane[l] = sum[l];
-          for (int64_t j = 0; j < kLagBlock; j += kLagLanes)
+          for (int64_t j = 0; j < depth; j += kLagLanes)
             for (int l = 0; l < kLagLanes; ++l) lane[l] += a[j + l] * b[j + l];
           for (int l = 0; l < kLagLanes; ++l) sum[l] = lane[l];
         }
@@ -76,15 +77,16 @@ NK_INLINE void lags_of(const LagsArgs& a, int64_t channel, double* scratch) {
   for (int64_t i = 0; i < lags * kLagLanes; ++i) sums[i] = 0;
   for (int64_t j0 = 0; j0 < a.depth; j0 += kLagBlock) {
     const int64_t n = least(kLagBlock, a.depth - j0);
+    const int64_t depth = (n + kLagLanes - 1) / kLagLanes * kLagLanes;
     const T* block = weight + j0 * count;
-    if (n < kLagBlock)
-      for (int64_t i = 0; i < count * kLagBlock; ++i) taps[i] = 0;
-    for (int64_t p = 0; p < count; ++p)
+    for (int64_t p = 0; p < count; ++p) {
       for (int64_t j = 0; j < n; ++j) taps[p * kLagBlock + j] = double(block[j * count + p]);
+      for (int64_t j = n; j < depth; ++j) taps[p * kLagBlock + j] = 0;
+    }
     if (a.taps.rows == 3 && a.taps.cols == 3)
-      add_products<3, 3>(taps, a.taps, sums);
+      add_products<3, 3>(taps, a.taps, depth, sums);
     else
-      add_products<0, 0>(taps, a.taps, sums);
+      add_products<0, 0>(taps, a.taps, depth, sums);
   }
   for (int64_t d = 0; d < lags; ++d) {
     double sum = 0;
@@ -134,35 +136,45 @@ NK_INLINE void sum_columns(const Taps& t, const double* lags, LagWaves waves, in
 }
 
 template <class A>
+NK_INLINE void put_roots(const double* s, int64_t n, double eps, A by, A* v) {
+  for (int64_t i = 0; i < n; ++i) v[i] = by / root(A(kept(s[i], eps)));
+}
+
+template <class A>
 void inverse_root(const Spectrum& spectrum, int64_t channel, LagWaves rows, LagWaves cols, A* v, double* lag_scratch) {
   const Taps& t = spectrum.taps;
   const int64_t half = spectrum.half(), h = spectrum.rows, h2 = cosines(h);
   const double *lags = spectrum.lags + channel * t.lags(), eps = spectrum.eps;
   const Scale scale = Scale::of(lags[0], eps);
-  double *cosine = lag_scratch, *sine = lag_scratch + t.rows * half;
+  double *cosine = lag_scratch, *sine = cosine + t.rows * half;
+  double *above = sine + t.rows * half, *below = above + most(half, kVBlock), *odd = below + most(half, kVBlock);
   sum_columns(t, lags, cols, half, scale.inverse, cosine, sine);
-  const A by = A(scale.root);
-  constexpr int kChunk = 64;
-  double even[kChunk], odd[kChunk];
-  for (int64_t f1 = 0; f1 < h2; ++f1) {
-    A *above = v + f1 * half, *below = v + (f1 == 0 ? 0 : h - f1) * half;
-    for (int64_t f0 = 0; f0 < half; f0 += kChunk) {
-      const int n = int(least(kChunk, half - f0));
-      for (int f = 0; f < n; ++f) {
-        even[f] = cosine[f0 + f];
+  // Rows f1 and h - f1 share their sums. Blocks of either lie together in v, so that roots come in long runs.
+  const int64_t block = most(1, kVBlock / half);
+  for (int64_t begin = 0; begin < h2; begin += block) {
+    const int64_t end = least(begin + block, h2);
+    for (int64_t f1 = begin; f1 < end; ++f1) {
+      double *up = above + (f1 - begin) * half, *down = below + (end - 1 - f1) * half;
+      for (int64_t f = 0; f < half; ++f) {
+        up[f] = cosine[f];
         odd[f] = 0;
       }
       for (int64_t d1 = 1; d1 < t.rows; ++d1) {
         const double c = rows.cos[d1 * h2 + f1], s = rows.sin[d1 * h2 + f1];
-        for (int f = 0; f < n; ++f) {
-          even[f] += c * cosine[d1 * half + f0 + f];
-          odd[f] += s * sine[d1 * half + f0 + f];
+        const double *cd = cosine + d1 * half, *sd = sine + d1 * half;
+        for (int64_t f = 0; f < half; ++f) {
+          up[f] += c * cd[f];
+          odd[f] += s * sd[f];
         }
       }
-      for (int f = 0; f < n; ++f) above[f0 + f] = by / root(A(kept(even[f] - odd[f], eps)));
-      if (below != above)
-        for (int f = 0; f < n; ++f) below[f0 + f] = by / root(A(kept(even[f] + odd[f], eps)));
+      for (int64_t f = 0; f < half; ++f) {
+        down[f] = up[f] + odd[f];
+        up[f] -= odd[f];
+      }
     }
+    put_roots(above, (end - begin) * half, eps, A(scale.root), v + begin * half);
+    const int64_t mirrored = end - (begin == 0 ? 1 : begin);  // row 0 is its own mirror
+    put_roots(below, mirrored * half, eps, A(scale.root), v + (h - end + 1) * half);
   }
 }
 
@@ -193,7 +205,12 @@ NK_INLINE void band(const A* m, int64_t rows, int64_t depth, const A* in, int64_
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4)
     tile<A, 4, Q>(m + r * depth, depth, depth, in, in_j, in_q, out + r * out_r, out_r, out_q);
-  for (; r < rows; ++r) tile<A, 1, Q>(m + r * depth, depth, depth, in, in_j, in_q, out + r * out_r, out_r, out_q);
+  const A* rest = m + r * depth;
+  out += r * out_r;
+  // Few sums at a time would wait for each other: the rest goes at once.
+  if (rows - r == 3) tile<A, 3, Q>(rest, depth, depth, in, in_j, in_q, out, out_r, out_q);
+  if (rows - r == 2) tile<A, 2, Q>(rest, depth, depth, in, in_j, in_q, out, out_r, out_q);
+  if (rows - r == 1) tile<A, 1, Q>(rest, depth, depth, in, in_j, in_q, out, out_r, out_q);
 }
 
 // m is [rows][depth].
@@ -202,7 +219,8 @@ void product(const A* m, int64_t rows, int64_t depth, const A* in, int64_t in_j,
              int64_t out_q, int64_t count) {
   int64_t q = 0;
   for (; q + 3 <= count; q += 3) band<A, 3>(m, rows, depth, in + q * in_q, in_j, in_q, out + q * out_q, out_r, out_q);
-  for (; q < count; ++q) band<A, 1>(m, rows, depth, in + q * in_q, in_j, in_q, out + q * out_q, out_r, out_q);
+  if (count - q == 2) band<A, 2>(m, rows, depth, in + q * in_q, in_j, in_q, out + q * out_q, out_r, out_q);
+  if (count - q == 1) band<A, 1>(m, rows, depth, in + q * in_q, in_j, in_q, out + q * out_q, out_r, out_q);
 }
 
 constexpr int64_t kLines = 12;  // lines that are transformed together: their folds stay in the L1 cache

@@ -40,7 +40,7 @@ struct SpectralKernels {
   // Maps [begin, end) of channels [channel, channel + lanes), those there are.
   void (*precondition)(const PreconditionJob<A>& job, int64_t channel, int64_t begin, int64_t end, A* scratch,
                        double* lag_scratch);
-  // V of one channel, [rows][cols/2 + 1]; lag_scratch holds 2 * taps.rows * half() doubles.
+  // V of one channel, [rows][cols/2 + 1]; lag_scratch holds root_scratch(s) doubles.
   void (*inverse_root)(const Spectrum& s, int64_t channel, LagWaves rows, LagWaves cols, A* v, double* lag_scratch);
 };
 
@@ -53,6 +53,11 @@ struct SpectralTable {
 
 constexpr int64_t kLagBlock = 64;  // input channels at a time: their taps stay in the L1 cache
 constexpr int64_t kLagLanes = 8;
+constexpr int64_t kVBlock = 512;  // frequencies of V at a time
+
+constexpr int64_t root_scratch(const Spectrum& s) {
+  return 2 * s.taps.rows * s.half() + 3 * (s.half() > kVBlock ? s.half() : kVBlock);
+}
 
 namespace baseline {
 extern const SpectralTable kSpectralTable;

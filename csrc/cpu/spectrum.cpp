@@ -219,7 +219,7 @@ void multiply_of(const MultiplyArgs& a, const Threads& threads) {
   auto* y = static_cast<Complex<A>*>(a.y);
   share_out(threads, s.channels, (1 << 14) / (plane * a.batch) + 1, [&](int64_t begin, int64_t end) {
     std::vector<A> v(static_cast<size_t>(plane));
-    std::vector<double> scratch(size_t(2 * s.taps.rows * s.half()));
+    std::vector<double> scratch(static_cast<size_t>(root_scratch(s)));
     for (int64_t k = begin; k < end; ++k) {
       kernels<A>().inverse_root(s, k, rows.view(), cols.view(), v.data(), scratch.data());
       for (int64_t n = 0; n < a.batch; ++n) {
@@ -251,7 +251,7 @@ void inverse_root(const Spectrum& s, DType dtype, void* v, const Threads& thread
   const Waves cols(col_circle, s.cols, s.taps.cols, s.taps.dilation_cols);
   const int64_t plane = s.rows * s.half();
   share_out(threads, s.channels, (1 << 13) / plane + 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> scratch(size_t(2 * s.taps.rows * s.half()));
+    std::vector<double> scratch(static_cast<size_t>(root_scratch(s)));
     for (int64_t k = begin; k < end; ++k) {
       if (dtype == DType::f64)
         table().f64.inverse_root(s, k, rows.view(), cols.view(), static_cast<double*>(v) + k * plane, scratch.data());
