@@ -203,12 +203,15 @@ def convolve(
     eps: float,
     lags: Tensor | None,
     through_preconditioner: bool,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """conv_norm after its checks. `lags`, (Cout, lags) float64, are what V is made of; None: those of weight."""
+    """conv_norm after its checks. `lags`, (Cout, lags) float64, are what V is made of; None: those of weight. A 1x1
+    kernel may have a gain and a shift, (Cout,) each, that follow: they go into the kernel and the bias."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return convolve(
-                x, weight, bias, stride, padding, dilation, groups, eps, lags, through_preconditioner
+                x, weight, bias, stride, padding, dilation, groups, eps, lags, through_preconditioner, gain, shift
             )
     dtype = x.dtype
     if dtype not in (torch.float32, torch.float64):
@@ -217,8 +220,11 @@ def convolve(
         lags = spectrum.lags(weight if through_preconditioner else weight.detach())
     if weight.shape[2] == 1 and weight.shape[3] == 1:
         scale = spectrum.inverse_root(Torus((1, 1), (1, 1), (1, 1), eps), lags, x.dtype).reshape(-1)
+        scale = scale if gain is None else scale * gain
         weight = weight * scale.reshape(-1, 1, 1, 1)
         bias = None if bias is None else bias * scale
+        if shift is not None:
+            bias = shift.to(x.dtype) if bias is None else bias + shift
         return F.conv2d(x, weight, bias, stride, groups=groups).to(dtype)
 
     reach = dilation[0] * (weight.shape[2] - 1), dilation[1] * (weight.shape[3] - 1)

@@ -93,9 +93,10 @@ class ConvNorm2d(torch.nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel, strides, edge, spread, groups, bias, **where)
         self.r: torch.nn.Conv2d | None = None
         self.norm: torch.nn.Module | None = None
+        self._extra = 1 - kernel[0] % 2, 1 - kernel[1] % 2
         if affine:
-            # "same" keeps the size for even kernels too.
-            self.r = torch.nn.Conv2d(out_channels, out_channels, kernel, padding="same", groups=out_channels, **where)
+            middle = kernel[0] // 2, kernel[1] // 2  # an even kernel makes a point more, which forward takes off
+            self.r = torch.nn.Conv2d(out_channels, out_channels, kernel, padding=middle, groups=out_channels, **where)
         if bn:
             self.norm = BatchNorm2d(out_channels, affine=affine, **where)
         average = count = None
@@ -158,9 +159,12 @@ class ConvNorm2d(torch.nn.Conv2d):
         weight, bias = self.weight, self.bias
         shape: Any = (self.stride, self.padding, self.dilation, self.groups)
         _check_call(type(self).__name__, input, weight, bias, *shape)
-        y = convolve(input, weight, bias, *shape, self.eps, self._lags(), self.through_preconditioner)
-        if self.r is not None:
-            y = self.r(y)
+        options = self.eps, self._lags(), self.through_preconditioner
+        if self.r is not None and self.kernel_size == (1, 1):
+            y = convolve(input, weight, bias, *shape, *options, self.r.weight.flatten(), self.r.bias)
+        else:
+            y = convolve(input, weight, bias, *shape, *options)
+            y = y if self.r is None else self.r(y)[:, :, self._extra[0] :, self._extra[1] :]
         return y if self.norm is None else self.norm(y)
 
     def extra_repr(self) -> str:
@@ -228,7 +232,8 @@ def convert_conv_norm(
         return skip is None or not skip(name, module)
 
     def visit(parent: torch.nn.Module, path: str) -> None:
-        children = list(parent.named_children())
+        # Not named_children, which leaves out what it has met: shared layers have a place each.
+        children = [(name, child) for name, child in parent._modules.items() if child is not None]
         for i, (name, child) in enumerate(children):
             full = f"{path}{name}"
             if not wanted(full, child):
