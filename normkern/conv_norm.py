@@ -80,9 +80,7 @@ def preconditioner(
     kernel = _check_weight(name, weight)
     if not isinstance(size, tuple | list) or len(size) != 2:
         raise TypeError(f"{name}: size must be a pair of ints; got {size!r}")
-    torus = Torus(
-        kernel, _pair(name, "dilation", dilation, 1), _pair(name, "size", size, 1), _check_eps(name, eps)
-    )
+    torus = Torus(kernel, _pair(name, "dilation", dilation, 1), _pair(name, "size", size, 1), _check_eps(name, eps))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return spectrum.inverse_root(torus, spectrum.lags(weight), dtype)
 
@@ -117,7 +115,8 @@ def _check_call(
         raise TypeError(f"{name}: groups must be an int; got {groups!r}")
     if groups < 1 or weight.shape[0] % groups != 0:
         raise RuntimeError(
-            f"{name}: groups must divide the output channels; got groups={groups} and weight of shape {shape_of(weight)}"
+            f"{name}: groups must divide the output channels; got groups={groups} and weight of shape "
+            f"{shape_of(weight)}"
         )
     if x.shape[1] != weight.shape[1] * groups:
         raise RuntimeError(
@@ -132,8 +131,8 @@ def _check_call(
             raise RuntimeError(f"{name}: input must have a map of at least one point; got shape {shape_of(x)}")
         if padding[i] > span:
             raise RuntimeError(
-                f"{name}: padding must be at most dilation * (kernel size - 1), which is {span} for the {axis}: the full "
-                f"convolution has no further points; got padding={padding[i]}"
+                f"{name}: padding must be at most dilation * (kernel size - 1), which is {span} for the {axis}: the "
+                f"full convolution has no further points; got padding={padding[i]}"
             )
         if span + 1 > x.shape[2 + i] + 2 * padding[i]:
             raise RuntimeError(

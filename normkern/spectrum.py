@@ -111,7 +111,7 @@ def _spectra(torus: Torus, lags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def eager_inverse_root(torus: Torus, lags: Tensor, dtype: torch.dtype) -> Tensor:
     """V, (Cout, rows, cols/2 + 1) in dtype."""
-    s, kept, _ = _spectra(torus, lags)
+    _s, kept, _ = _spectra(torus, lags)
     null = (lags[:, 0, None, None] == 0) if torus.eps > 0 else torch.zeros_like(kept, dtype=torch.bool)
     return torch.where(null, 0.0, torch.where(null, 1.0, kept).rsqrt()).to(dtype)
 
@@ -127,7 +127,7 @@ def _embed(torus: Torus, x: Tensor, part: Part) -> Tensor:
 
 def eager_precondition(torus: Torus, x: Tensor, lags: Tensor, source: Part, target: Part) -> Tensor:
     v = eager_inverse_root(torus, lags, x.dtype)
-    y = torch.fft.irfft2(torch.fft.rfft2(_embed(torus, x, source)) * v, s=torus.size)
+    y: Tensor = torch.fft.irfft2(torch.fft.rfft2(_embed(torus, x, source)) * v, s=torus.size)
     return y[:, :, target[0].slice(), target[1].slice()].contiguous()
 
 
@@ -148,7 +148,7 @@ class _Lags(torch.autograd.Function):
 
 def lags_gradient(weight: Tensor, dlags: Tensor) -> Tensor:
     """da_j[p] = sum over the half plane of g[d] (a_j[p + d] + a_j[p - d]): a depth-wise convolution of the kernels."""
-    out, depth, rows, cols = weight.shape
+    out, _depth, rows, cols = weight.shape
     plane = torch.zeros(out, 2 * rows - 1, 2 * cols - 1, dtype=torch.float64, device=weight.device)
     row, col = torch.tensor(_offsets((rows, cols)), device=weight.device).unbind(1)
     plane = plane.index_put((torch.arange(out, device=weight.device)[:, None], row + rows - 1, col + cols - 1), dlags)
@@ -232,9 +232,7 @@ class _Precondition(torch.autograd.Function):
         return None, dx, dlags, None, None
 
 
-def precondition_lags_gradient(
-    torus: Torus, x: Tensor, dy: Tensor, lags: Tensor, source: Part, target: Part
-) -> Tensor:
+def precondition_lags_gradient(torus: Torus, x: Tensor, dy: Tensor, lags: Tensor, source: Part, target: Part) -> Tensor:
     """The closed form dV = c / (rows cols) sum_n Re(conj(X) G), c = 1 for columns that are their own mirror, else 2."""
     rows, cols = torus.size
     there = torch.fft.rfft2(_embed(torus, x, source).double())
@@ -270,7 +268,7 @@ def fft_precondition(torus: Torus, x: Tensor, lags: Tensor, source: Part, target
     spectrum = torch.view_as_real(torch.fft.rfft2(_embed(torus, x, source))).contiguous()
     folded = _operator("spectral_multiply")(spectrum, lags, torus.taps, list(torus.size), fold, torus.eps)
     size = torus.size[0] // down, torus.size[1] // right
-    y = torch.fft.irfft2(torch.view_as_complex(folded), s=size)
+    y: Tensor = torch.fft.irfft2(torch.view_as_complex(folded), s=size)
     row = slice(0, rows.count) if down > 1 else rows.slice()
     col = slice(0, cols.count) if right > 1 else cols.slice()
     return y[:, :, row, col].contiguous()

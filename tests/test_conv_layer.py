@@ -33,7 +33,8 @@ def test_is_its_parts(kernel: Any, affine: bool, bn: bool, bias: bool) -> None:
     x = normal(3, 4, 9, 9)
     y = normkern.conv_norm(x, m.weight, m.bias, 2, padding, groups=2)
     if affine:
-        assert m.r is not None and m.r.weight.shape == (6, 1, *m.kernel_size)
+        assert m.r is not None
+        assert m.r.weight.shape == (6, 1, *m.kernel_size)
         rows, cols = m.kernel_size
         y = nn.functional.pad(y, ((cols - 1) // 2, cols // 2, (rows - 1) // 2, rows // 2))
         y = nn.functional.conv2d(y, m.r.weight, m.r.bias, groups=6)
@@ -41,7 +42,8 @@ def test_is_its_parts(kernel: Any, affine: bool, bn: bool, bias: bool) -> None:
         weight, shift = (torch.ones(6).double(), torch.zeros(6).double()) if affine else (None, None)
         y = nn.functional.batch_norm(y, None, None, weight, shift, training=True)
     got = m(x)
-    assert got.shape == y.shape and (got - y).abs().max() <= 1e-12
+    assert got.shape == y.shape
+    assert (got - y).abs().max() <= 1e-12
     parts = {"weight", *(["bias"] if bias else []), *(["r.weight", "r.bias"] if affine else [])}
     parts |= {"norm.weight", "norm.bias"} if bn and affine else set()
     assert {name for name, _ in m.named_parameters()} == parts
@@ -52,7 +54,8 @@ def test_is_its_parts(kernel: Any, affine: bool, bn: bool, bias: bool) -> None:
 def test_affine_init() -> None:
     """As torch initializes a depth-wise convolution, or the identity, also for even kernels."""
     paper, delta = layer(3, 8, 3, padding=1), layer(3, 8, (4, 3), padding=1, affine_init="delta")
-    assert paper.r is not None and 0.1 < float(paper.r.weight.detach().std()) < 0.4  # uniform of +-1/3
+    assert paper.r is not None
+    assert 0.1 < float(paper.r.weight.detach().std()) < 0.4
     assert delta.r is not None
     y = normal(2, 8, 5, 6)
     for _ in range(2):
@@ -93,12 +96,14 @@ def test_average_of_lags() -> None:
         average = share * lags + (1 - share) * average
         with torch.no_grad():
             m.weight += 0.1 * normal(*m.weight.shape, seed=n)
-    assert m.running_lags is not None and torch.allclose(m.running_lags, average, rtol=1e-12)
+    assert m.running_lags is not None
+    assert torch.allclose(m.running_lags, average, rtol=1e-12)
     assert int(m.num_batches_tracked) == 3  # type: ignore[arg-type]
     m.eval()
     current = m.r(normkern.conv_norm(x, m.weight, padding=1))  # type: ignore[misc]
     assert (m(x) - current).abs().max() > 1e-3
-    assert torch.equal(m.running_lags, m.running_lags) and int(m.num_batches_tracked) == 3  # type: ignore[arg-type]
+    assert torch.equal(m.running_lags, m.running_lags)
+    assert int(m.num_batches_tracked) == 3
     m.num_batches_tracked.fill_(50000)  # type: ignore[union-attr]
     before = m.running_lags.clone()
     m.train()(x)
@@ -110,7 +115,8 @@ def test_average_before_the_first_step_is_the_kernel() -> None:
     m, x = layer(3, 5, 3, bn=False, eval_mode="ema"), normal(2, 3, 6, 6)
     before = m.eval()(x)
     m.eval_mode = "current"
-    assert m.r is not None and torch.allclose(before, m.r(normkern.conv_norm(x, m.weight)), rtol=1e-10)
+    assert m.r is not None
+    assert torch.allclose(before, m.r(normkern.conv_norm(x, m.weight)), rtol=1e-10)
 
 
 def test_gradient_through_the_preconditioner_is_an_option() -> None:
@@ -121,7 +127,8 @@ def test_gradient_through_the_preconditioner_is_an_option() -> None:
             (m(x) * normal(2, 5, 4, 4, seed=3)).sum().backward()
             assert m.weight.grad is not None
             gradients.append(m.weight.grad)
-    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[2], gradients[3])
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[2], gradients[3])
     assert (gradients[0] * m.weight).sum((1, 2, 3)).abs().max() <= 1e-12  # no part along the kernel
     assert (gradients[2] * m.weight).sum((1, 2, 3)).abs().min() > 1e-6
 
@@ -132,7 +139,8 @@ def test_trains_in_half_and_compiles() -> None:
     x = torch.randn(4, 3, 8, 8, dtype=torch.bfloat16)
     y = m(x)
     y.sum().backward()
-    assert y.dtype == torch.bfloat16 and m.weight.grad is not None
+    assert y.dtype == torch.bfloat16
+    assert m.weight.grad is not None
     m = ConvNorm2d(3, 8, 3, padding=1, eval_mode="ema")
     twin, x = copy.deepcopy(m), torch.randn(4, 3, 8, 8)
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
@@ -143,7 +151,8 @@ def test_trains_in_half_and_compiles() -> None:
 def test_meta_device() -> None:
     m = ConvNorm2d(3, 8, 3, eval_mode="ema", device="meta").to_empty(device="cpu")
     m.reset_parameters()
-    assert m(torch.randn(2, 3, 8, 8)).isfinite().all() and m.eval()(torch.randn(2, 3, 8, 8)).isfinite().all()
+    assert m(torch.randn(2, 3, 8, 8)).isfinite().all()
+    assert m.eval()(torch.randn(2, 3, 8, 8)).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -201,9 +210,12 @@ def test_convert() -> None:
     norms = block.bn1, block.bn2, block.downsample[1]
     assert normkern.convert_conv_norm(model, affine_init="delta", eval_mode="ema") is model
     for conv, norm in zip((block.conv1, block.conv2, block.downsample[0]), norms, strict=True):
-        assert type(conv) is ConvNorm2d and conv.norm is norm
+        assert type(conv) is ConvNorm2d
+        assert conv.norm is norm
     assert all(type(m) is nn.Identity for m in (block.bn1, block.bn2, block.downsample[1]))
-    assert type(block.alone) is ConvNorm2d and block.alone.norm is None and type(block.other) is nn.BatchNorm2d
+    assert type(block.alone) is ConvNorm2d
+    assert block.alone.norm is None
+    assert type(block.other) is nn.BatchNorm2d
     assert all(type(m) is nn.Conv2d for m in (block.circular, block.wide, block.same))
     now = {p.data_ptr(): p for p in model.parameters()}
     assert all(now[pointer] is p for p, pointer in kept.values())
@@ -223,9 +235,14 @@ def test_convert_options() -> None:
     first: Any = model[0]
     normkern.convert_conv_norm(model, affine=False, bn=False, skip=lambda name, conv: name == "2", eps=1e-3)
     got: Any = model[0]
-    assert type(got) is ConvNorm2d and got.weight is first.weight and got.r is None and got.norm is None
-    assert got.eps == 1e-3 and not got.training
-    assert type(model[1]) is nn.BatchNorm2d and type(model[2]) is nn.Conv2d
+    assert type(got) is ConvNorm2d
+    assert got.weight is first.weight
+    assert got.r is None
+    assert got.norm is None
+    assert got.eps == 1e-3
+    assert not got.training
+    assert type(model[1]) is nn.BatchNorm2d
+    assert type(model[2]) is nn.Conv2d
     alone = nn.Conv2d(3, 4, 3)
     assert type(normkern.convert_conv_norm(alone)) is ConvNorm2d
     shared = nn.Conv2d(4, 4, 3, padding=1)

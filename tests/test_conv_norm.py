@@ -1,4 +1,4 @@
-# conv_norm and preconditioner: the isometry they are for, the paper's own steps, gradients, and what a user may hand in.
+# conv_norm and preconditioner: the isometry they are for, the paper's own steps, gradients, and bad input.
 from __future__ import annotations
 
 import os
@@ -64,7 +64,8 @@ every_way = pytest.mark.parametrize("way", WAYS, indirect=True)
 
 
 def test_table_of_isometries() -> None:
-    assert len(ISOMETRIES) >= 30 and len(set(ISOMETRIES)) == len(ISOMETRIES)
+    assert len(ISOMETRIES) >= 30
+    assert len(set(ISOMETRIES)) == len(ISOMETRIES)
 
 
 @every_way
@@ -99,8 +100,9 @@ def test_norm_is_bounded(way: str, row: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "size", "dilation"),
-    [((5, 16, 3, 3), (34, 34), 1), ((9, 3, 7, 7), (230, 230), 1), ((64, 64, 3, 3), (6, 6), 1), ((3, 4, 2, 5), (20, 31), 3),
-     ((3, 70, 4, 4), (7, 5), 1), ((2, 5, 1, 1), (4, 4), 1), ((2, 2, 3, 3), (1, 700), (1, 2)), ((2, 2, 3, 3), (700, 1200), 1)],
+    [((5, 16, 3, 3), (34, 34), 1), ((9, 3, 7, 7), (230, 230), 1), ((64, 64, 3, 3), (6, 6), 1),
+     ((3, 4, 2, 5), (20, 31), 3), ((3, 70, 4, 4), (7, 5), 1), ((2, 5, 1, 1), (4, 4), 1),
+     ((2, 2, 3, 3), (1, 700), (1, 2)), ((2, 2, 3, 3), (700, 1200), 1)],
     ids=str,
 )  # fmt: skip
 def test_preconditioner_is_that_of_the_fft(way: str, shape: Any, size: Any, dilation: Any, dtype: torch.dtype) -> None:
@@ -142,7 +144,8 @@ def test_is_what_the_paper_computes(way: str, case: Any) -> None:
         arguments = stride, (padding, padding), dilation, groups
         expected = paper.conv_norm(x.double(), weight.double(), bias.double(), *arguments)
         y = normkern.conv_norm(x.to(memory_format=layout), weight, bias, *arguments, eps=0.0)
-        assert y.dtype == dtype and y.shape == expected.shape
+        assert y.dtype == dtype
+        assert y.shape == expected.shape
         assert y.shape == torch.nn.functional.conv2d(x, weight, bias, *arguments).shape
         # Sums of the taps, then of the points of the torus, each with the square root of their number.
         bound = 1e-12 if dtype == torch.float64 else 2e-5
@@ -174,7 +177,8 @@ def test_autocast_casts_nothing() -> None:
     x, weight = normal(2, 4, 9, 9, dtype=torch.float32), normal(6, 4, 3, 3, dtype=torch.float32, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         y = normkern.conv_norm(x, weight)
-    assert y.dtype == torch.float32 and torch.equal(y, normkern.conv_norm(x, weight))
+    assert y.dtype == torch.float32
+    assert torch.equal(y, normkern.conv_norm(x, weight))
 
 
 @every_way
@@ -211,7 +215,9 @@ def test_channel_of_zeros(way: str) -> None:
     x, weight = normal(2, 3, 6, 6), normal(4, 3, 3, 3)
     weight[1] = 0
     y = normkern.conv_norm(x, weight)
-    assert y.isfinite().all() and (y[:, 1] == 0).all() and (y[:, [0, 2, 3]] != 0).all()
+    assert y.isfinite().all()
+    assert (y[:, 1] == 0).all()
+    assert (y[:, [0, 2, 3]] != 0).all()
     assert (normkern.preconditioner(weight, (6, 6))[1] == 0).all()
     assert normkern.preconditioner(weight, (6, 6), eps=0.0)[1].isinf().all()
 
@@ -231,7 +237,8 @@ def test_nan_stays_in_its_channel(way: str) -> None:
     weight = normal(9, 3, 3, 3)
     weight[2, 1, 1, 1] = float("nan")
     y = normkern.conv_norm(normal(2, 3, 6, 6), weight)
-    assert y[:, 2].isnan().all() and y[:, [0, 1, *range(3, 9)]].isfinite().all()
+    assert y[:, 2].isnan().all()
+    assert y[:, [0, 1, *range(3, 9)]].isfinite().all()
 
 
 # ---- gradients
@@ -281,7 +288,11 @@ def test_gradients_of_the_preconditioner(way: str, eps: float) -> None:
 @pytest.mark.parametrize("kernel", [3, 1])
 def test_gradient_stops_at_the_preconditioner(way: str, kernel: int) -> None:
     """By default V is a constant; with its gradient the layer knows that it does not depend on the kernel's scale."""
-    x, weight, dy = normal(2, 3, 6, 5), normal(4, 3, kernel, kernel, seed=1).requires_grad_(), normal(2, 4, 6, 5, seed=2)
+    x, weight, dy = (
+        normal(2, 3, 6, 5),
+        normal(4, 3, kernel, kernel, seed=1).requires_grad_(),
+        normal(2, 4, 6, 5, seed=2),
+    )
     padding = kernel // 2
     size = (6 + 2 * padding, 5 + 2 * padding)
     v = paper.preconditioner(weight.detach(), size)
@@ -293,13 +304,17 @@ def test_gradient_stops_at_the_preconditioner(way: str, kernel: int) -> None:
     y = normkern.conv_norm(x, weight, padding=padding, through_preconditioner=True)
     (whole,) = torch.autograd.grad(y, weight, dy)
     radial = (whole * weight.detach()).sum((1, 2, 3))
-    assert radial.abs().max() <= 1e-12 and (got * weight.detach()).sum((1, 2, 3)).abs().min() > 1e-3
+    assert radial.abs().max() <= 1e-12
+    assert (got * weight.detach()).sum((1, 2, 3)).abs().min() > 1e-3
 
 
 def test_gradients_in_float32_and_channels_last() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = normal(2, 20, 9, 8, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-        weight, dy = normal(12, 20, 3, 3, dtype=dtype, seed=1).requires_grad_(), normal(2, 12, 5, 4, dtype=dtype, seed=2)
+        weight, dy = (
+            normal(12, 20, 3, 3, dtype=dtype, seed=1).requires_grad_(),
+            normal(2, 12, 5, 4, dtype=dtype, seed=2),
+        )
         got = torch.autograd.grad(normkern.conv_norm(x, weight, None, 2, 1), (x, weight), dy)
         wide = [t.detach().double().requires_grad_() for t in (x, weight)]
         exact = torch.autograd.grad(normkern.conv_norm(*wide, None, 2, 1), wide, dy.double())
@@ -435,7 +450,9 @@ def test_empty_batch() -> None:
         y = normkern.conv_norm(x, kernel, None, 2)
         assert y.shape == torch.nn.functional.conv2d(x, kernel, None, 2).shape
         y.sum().backward()
-    assert x.grad is not None and weight.grad is not None and (weight.grad == 0).all()
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert (weight.grad == 0).all()
 
 
 def test_strides_of_any_kind() -> None:
@@ -444,7 +461,8 @@ def test_strides_of_any_kind() -> None:
     assert torch.equal(normkern.conv_norm(x, weight), normkern.conv_norm(x.contiguous(), weight.contiguous()))
     leaf = weight.clone().requires_grad_()
     normkern.conv_norm(x, leaf).sum().backward()
-    assert leaf.grad is not None and leaf.grad.isfinite().all()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
 
 
 X, W = normal(2, 4, 6, 6, dtype=torch.float32), normal(8, 4, 3, 3, dtype=torch.float32)
@@ -453,7 +471,7 @@ X, W = normal(2, 4, 6, 6, dtype=torch.float32), normal(8, 4, 3, 3, dtype=torch.f
 @pytest.mark.parametrize(
     ("error", "message", "arguments", "options"),
     [
-        (RuntimeError, r"kernel must fit the padded map; got 3 rows of the kernel and 2 \+ 2 \* 0", (X[:, :, :2], W), {}),
+        (RuntimeError, r"kernel must fit the padded map; got 3 rows.*2 \+ 2 \* 0", (X[:, :, :2], W), {}),
         (RuntimeError, r"kernel must fit.*9 columns", (X, W), {"dilation": (1, 4), "padding": (0, 1)}),
         (RuntimeError, "padding must be at most.*which is 2 for the rows.*padding=3", (X, W), {"padding": 3}),
         (RuntimeError, "padding must be at most.*columns", (X, W), {"padding": (1, 3)}),

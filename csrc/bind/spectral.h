@@ -26,9 +26,9 @@ inline Spectrum spectrum_of(const Tensor& lags, const Numbers& taps, const Numbe
   check_numbers(torus, 2, 1, "torus");
   Spectrum s;
   s.taps = taps_of(taps);
-  STD_TORCH_CHECK(dtype_of(lags, "lags") == DType::f64 && lags.is_contiguous() && lags.dim() == 2 &&
-                      lags.size(1) == s.taps.lags(),
-                  "normkern: lags must be contiguous, float64 and of shape (channels, ", s.taps.lags(), ")");
+  STD_TORCH_CHECK(
+      dtype_of(lags, "lags") == DType::f64 && lags.is_contiguous() && lags.dim() == 2 && lags.size(1) == s.taps.lags(),
+      "normkern: lags must be contiguous, float64 and of shape (channels, ", s.taps.lags(), ")");
   STD_TORCH_CHECK(eps >= 0, "normkern: eps must be at least 0; got ", eps);
   s.lags = static_cast<const double*>(lags.const_data_ptr());
   s.channels = lags.size(0);
@@ -75,8 +75,8 @@ Tensor lags(const Tensor& weight) {
 template <class Device>
 Tensor inverse_root(const Tensor& lags, const Numbers& taps, const Numbers& torus, double eps, bool wide) {
   const Spectrum s = spectrum_of(lags, taps, torus, eps);
-  const Tensor v = new_dense(lags, {s.channels, s.rows, s.half()},
-                             wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  const Tensor v =
+      new_dense(lags, {s.channels, s.rows, s.half()}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   if (v.numel()) Device::run(s, wide ? DType::f64 : DType::f32, v.mutable_data_ptr(), lags);
   return v;
 }
@@ -101,8 +101,8 @@ Tensor multiply(const Tensor& x, const Tensor& lags, const Numbers& taps, const 
   a.stride_rows = fold[1];
   a.first_col = fold[2];
   a.stride_cols = fold[3];
-  const Tensor y = new_dense(
-      x, {a.batch, s.channels, s.rows / a.stride_rows, cosines(s.cols / a.stride_cols), 2}, torch_dtype(x));
+  const Tensor y =
+      new_dense(x, {a.batch, s.channels, s.rows / a.stride_rows, cosines(s.cols / a.stride_cols), 2}, torch_dtype(x));
   a.x = x.const_data_ptr();
   a.y = y.mutable_data_ptr();
   if (y.numel()) Device::run(a, x);
@@ -133,8 +133,8 @@ Tensor precondition(const Tensor& x, const Tensor& lags, const Numbers& taps, co
   a.target_rows = points_of(target, 0, target[2], torus[0], "target");
   a.target_cols = points_of(target, 3, target[5], torus[1], "target");
   const bool channels_last = x.stride(1) == 1 && x.size(1) > 1;
-  const Tensor y = new_dense(x, {a.batch, x.size(1), a.target_rows.count, a.target_cols.count}, torch_dtype(x),
-                             channels_last);
+  const Tensor y =
+      new_dense(x, {a.batch, x.size(1), a.target_rows.count, a.target_cols.count}, torch_dtype(x), channels_last);
   a.x = x.const_data_ptr();
   a.y = y.mutable_data_ptr();
   for (int i = 0; i < 4; ++i) {

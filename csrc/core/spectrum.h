@@ -64,7 +64,7 @@ struct MultiplyArgs {
   int64_t batch = 0;
   int64_t first_row = 0, first_col = 0, stride_rows = 1, stride_cols = 1;
   const void* x = nullptr;  // [batch, channels, rows, cols/2 + 1] complex
-  void* y = nullptr;        // [batch, channels, rows/stride_rows, cols/stride_cols/2 + 1] complex; may be x if not folded
+  void* y = nullptr;  // [batch, channels, rows/stride_rows, cols/stride_cols/2 + 1] complex; may be x if not folded
 };
 
 // y = the points `target` of the circular convolution with v = F^-1 V of what x holds at the points `source`.

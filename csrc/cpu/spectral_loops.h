@@ -15,13 +15,13 @@ struct LagWaves {
 // sines, so a matrix has a quarter of the entries. Only folds that hold a source or target point are listed.
 template <class A>
 struct AxisTransform {
-  int64_t points;                          // n
-  int64_t folds;                           // of the source
-  const int64_t *fold_left, *fold_right;   // source points at t and at n - t; -1: none
-  const A *cos_in, *sin_in;                // [n/2 + 1][folds], [(n - 1)/2][folds]
-  int64_t unfolds;                         // of the target
+  int64_t points;                         // n
+  int64_t folds;                          // of the source
+  const int64_t *fold_left, *fold_right;  // source points at t and at n - t; -1: none
+  const A *cos_in, *sin_in;               // [n/2 + 1][folds], [(n - 1)/2][folds]
+  int64_t unfolds;                        // of the target
   const int64_t *unfold_left, *unfold_right;
-  const A *cos_out, *sin_out;              // [unfolds][n/2 + 1], [unfolds][(n - 1)/2]
+  const A *cos_out, *sin_out;  // [unfolds][n/2 + 1], [unfolds][(n - 1)/2]
   LagWaves waves;
 };
 

@@ -46,7 +46,7 @@ void share_out(const Threads& threads, int64_t count, int64_t grain, Task task) 
       parts,
       [](void* data, int64_t i) {
         const State& s = *static_cast<State*>(data);
-        (*s.task)(s.count * i / s.parts, s.count * (i + 1) / s.parts);
+        (*s.task)(s.count* i / s.parts, s.count * (i + 1) / s.parts);
       },
       &state);
 }
@@ -119,7 +119,7 @@ class Transform {
   }
 
   AxisTransform<A> view() const {
-    return {n_,           in_.count(),     in_.left.data(),  in_.right.data(), cos_in_.data(), sin_in_.data(),
+    return {n_,           in_.count(),      in_.left.data(),   in_.right.data(), cos_in_.data(),  sin_in_.data(),
             out_.count(), out_.left.data(), out_.right.data(), cos_out_.data(),  sin_out_.data(), waves_.view()};
   }
 

@@ -159,16 +159,17 @@ class ConvNorm2d(torch.nn.Conv2d):
         weight, bias = self.weight, self.bias
         shape: Any = (self.stride, self.padding, self.dilation, self.groups)
         _check_call(type(self).__name__, input, weight, bias, *shape)
-        options = self.eps, self._lags(), self.through_preconditioner
+        options: Any = (self.eps, self._lags(), self.through_preconditioner)
         if self.r is not None and self.kernel_size == (1, 1):
-            y = convolve(input, weight, bias, *shape, *options, self.r.weight.flatten(), self.r.bias)
+            y = convolve(input, weight, bias, *shape, *options, gain=self.r.weight.flatten(), shift=self.r.bias)
         else:
             y = convolve(input, weight, bias, *shape, *options)
             y = y if self.r is None else self.r(y)[:, :, self._extra[0] :, self._extra[1] :]
         return y if self.norm is None else self.norm(y)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, eps={self.eps}, eval_mode={self.eval_mode!r}"
+        stock = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{stock}, eps={self.eps}, eval_mode={self.eval_mode!r}"
 
 
 def _why_not(conv: torch.nn.Conv2d) -> str | None:
