@@ -78,4 +78,14 @@ struct PreconditionArgs {
   int64_t x_strides[4] = {}, y_strides[4] = {};  // of [batch, channels, rows, cols], in elements
 };
 
+// Moves points between a map and the whole torus, which is dense: [batch, channels, rows, cols].
+struct PointsArgs {
+  DType dtype = DType::f32;
+  int64_t batch = 0, channels = 0, rows = 0, cols = 0;
+  Points row_points, col_points;
+  const void* from = nullptr;
+  void* to = nullptr;
+  int64_t strides[4] = {};  // of the map, in elements
+};
+
 }  // namespace normkern

@@ -159,12 +159,13 @@ class ConvNorm2d(torch.nn.Conv2d):
         weight, bias = self.weight, self.bias
         shape: Any = (self.stride, self.padding, self.dilation, self.groups)
         _check_call(type(self).__name__, input, weight, bias, *shape)
-        arguments: Any = (input, weight, bias, *shape, self.eps, self._lags(), self.through_preconditioner)
-        if self.r is not None and self.kernel_size == (1, 1):
-            y = convolve(*arguments, self.r.weight.flatten(), self.r.bias)
-        else:
-            y = convolve(*arguments)
-            y = y if self.r is None else self.r(y)[:, :, self._extra[0] :, self._extra[1] :]
+        options: Any = (self.eps, self._lags(), self.through_preconditioner)
+        r = self.r
+        if r is not None and self.kernel_size == (1, 1):
+            options = (*options, r.weight.flatten(), r.bias)
+        y = convolve(input, weight, bias, *shape, *options)
+        if r is not None and self.kernel_size != (1, 1):
+            y = r(y)[:, :, self._extra[0] :, self._extra[1] :]
         return y if self.norm is None else self.norm(y)
 
     def extra_repr(self) -> str:
