@@ -1,9 +1,9 @@
 # ConvNorm against batch norm and spectral norm on real images that ship inside Python packages.
 #   python examples/conv_norm.py [--quick] [--out DIR] [--seeds N] [--epochs N]
 #
-# A small ResNet on scikit-learn's digits and, where scikit-image is installed, on patches of its brick, grass and gravel
-# textures, with batch norm and with ConvNorm: accuracy clean, with wrong labels, with less data and under PGD-20, and the
-# exact spectral norm and condition number of every layer. Then a small GAN on digits whose discriminator is held by
+# A small ResNet on scikit-learn's digits and, where scikit-image is installed, on patches of its brick, grass and
+# gravel textures, with batch norm and with ConvNorm: accuracy clean, with wrong labels, with less data and under
+# PGD-20, and the exact spectral norm and condition number of every layer. Then a small GAN on digits whose discriminator is held by
 # ConvNorm or by spectral norm, by a Frechet distance in the features of a classifier trained here. Every number goes to
 # conv_norm.csv, means and spreads over seeds to the terminal, and with matplotlib a figure to conv_norm.png.
 from __future__ import annotations
@@ -439,7 +439,7 @@ def draw(out: Results, path: Path) -> bool:
             attacks = ["0% noise", *(f"PGD-20, {radius:.3f}" for radius in ATTACKS)]
             line(row[2], attacks, "accuracy", ["none", *(f"{radius:.3f}" for radius in ATTACKS)])
             names = [key[2] for key in means if key[0] == data and key[1] == method and key[3] == "spectral norm"]
-            line(row[3], names, "spectral norm", [name.split(",")[0] + name[-2:] for name in names])
+            line(row[3], names, "spectral norm", [name.replace(", stride 2", "").replace(", ", "\n") for name in names])
         for axis, title in zip(
             row,
             (

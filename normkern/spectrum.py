@@ -8,6 +8,7 @@ has the formulas and the order of the lags.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkern.backends import select
+
+logger = logging.getLogger("normkern")
 
 # The compiled kernels take maps there and back by matrices of the transform up to this many points a side, on the CPU
 # (kMaxPreconditionPoints in csrc/cpu/spectrum.h); larger ones go through torch.fft.
@@ -255,7 +258,9 @@ def _native_precondition(torus: Torus, x: Tensor, lags: Tensor, source: Part, ta
 
 
 def _takes_maps(torus: Torus, x: Tensor) -> bool:
-    return x.is_cpu and max(torus.size) <= _MOST_POINTS_CPU
+    if x.is_cuda:
+        return _CUFFT_WHY_NOT is None
+    return max(torus.size) <= _MOST_POINTS_CPU
 
 
 def fft_precondition(torus: Torus, x: Tensor, lags: Tensor, source: Part, target: Part) -> Tensor:
@@ -324,5 +329,17 @@ def _register_fakes() -> None:
         return x.new_empty(shape)
 
 
+def _cufft_why_not() -> str | None:
+    """None where cuFFT can be called, else why not; maps then go through torch.fft, and a warning says so once."""
+    if torch.version.cuda is None or not hasattr(torch.ops.normkern, "cufft_why_not"):
+        return "this is no CUDA build"
+    why: str = torch.ops.normkern.cufft_why_not()
+    if why:
+        logger.warning("normkern: conv_norm runs through torch.fft on CUDA: %s", why)
+    return why or None
+
+
 if hasattr(torch.ops.normkern, "lags"):
     _register_fakes()
+# Asked once, at import: torch.compile takes it for a constant.
+_CUFFT_WHY_NOT = _cufft_why_not()
