@@ -39,7 +39,7 @@ def inputs_of(case: Case, device: torch.device) -> Inputs:
         values = torch.randn(sizes, generator=generator, device=device, dtype=torch.float32).to(case.torch_dtype)
         return values.permute([order.index(dim) for dim in range(len(order))])
 
-    return replace(small.to(device), x=normal(), dy=normal())
+    return replace(small.to(device), x=normal(), dy=normal(), residual=normal() if case.residual else None)
 
 
 def copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -47,11 +47,17 @@ def copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def rival(peer: Peer, case: Case, inputs: Inputs, mode: str) -> Call:
-    """One call of one mode. Backward is timed alone, over a graph that is kept."""
+    """One call of one mode. Backward is timed alone, over a graph that is kept; a step is forward and backward."""
     # Statistics of their own: a graph that is kept must not find them changed by another.
     inputs = replace(inputs, running_mean=copied(inputs.running_mean), running_var=copied(inputs.running_var))
     parameters = [p for p in (inputs.weight, inputs.bias) if p is not None]
-    for leaf in (inputs.x, *parameters):
+    # Every rival differentiates leaves of its own.
+    inputs.x = inputs.x.detach()
+    leaves = [inputs.x, *parameters]
+    if inputs.residual is not None:
+        inputs.residual = inputs.residual.detach()
+        leaves.append(inputs.residual)
+    for leaf in leaves:
         leaf.requires_grad_()
 
     def forward() -> torch.Tensor:
@@ -60,11 +66,13 @@ def rival(peer: Peer, case: Case, inputs: Inputs, mode: str) -> Call:
 
     if mode == "forward":
         return forward
+    if mode == "step":
+        return lambda: torch.autograd.grad(forward(), leaves, inputs.dy)
     y = forward()
 
     def backward() -> Any:
         with peer.around():
-            return torch.autograd.grad(y, (inputs.x, *parameters), inputs.dy, retain_graph=True)
+            return torch.autograd.grad(y, leaves, inputs.dy, retain_graph=True)
 
     return backward
 
@@ -74,8 +82,12 @@ def copy_of(x: torch.Tensor) -> Call:
     return lambda: target.copy_(source)
 
 
+def describe(case: Case) -> str:
+    extras = ["" if case.training or case.norm != "batch" else "eval", "add" if case.residual else "", case.act or ""]
+    return "+".join([f"{case.norm}_norm", *filter(None, extras)])
+
+
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_norm(case: Case, mode: str, benchmark: Any, device: torch.device, sheet: Sheet) -> None:
     inputs = inputs_of(case, device)
     calls: dict[str, Call] = {peer.name: rival(peer, case, inputs, mode) for peer in peers(case, device)}
@@ -94,14 +106,16 @@ def test_norm(case: Case, mode: str, benchmark: Any, device: torch.device, sheet
     benchmark.pedantic(one_round, rounds=rounds)
 
     tensor = inputs.x.numel() * inputs.x.element_size()
-    moved = tensor * (2 if mode == "forward" else 3)  # x to y; x and dy to dx: what one read of everything costs
+    # x to y; x and dy to dx: what one read of everything costs. A residual is read, read and written.
+    forward, backward = (3, 5) if case.residual and case.act else (3, 3) if case.residual else (2, 3)
+    moved = tensor * {"forward": forward, "backward": backward, "step": forward + backward}[mode]
     times = {name: Times(tuple(sample[name] for sample in samples)) for name in calls}
     copy_rate = 2 * tensor / times["copy"].median
     for name, taken in times.items():
         own = 2 * tensor if name == "copy" else moved
         sheet.add(
             Row(
-                f"{case.norm}_norm",
+                describe(case),
                 name,
                 mode,
                 "speed_ms",

@@ -39,6 +39,42 @@ QUICK = (
 LAYOUTS = {"layer": ("contiguous", "transposed"), "rms": ("contiguous", "transposed")}
 MANY = 16
 
+# Every norm, small and large, in both layouts (layer and rms: narrow and wide rows): 24 cases for each dtype.
+IMAGES = {
+    "small": {"batch": (8, 256, 14, 14), "group": (2, 1280, 8, 8), "instance": (2, 128, 32, 32)},
+    "large": {"batch": (16, 64, 112, 112), "group": (4, 320, 64, 64), "instance": (2, 64, 256, 256)},
+}
+ROWS = {"small": ((512, 256), (32, 4096)), "large": ((65536, 256), (4096, 4096))}
+# What torch computes in two or three calls.
+FUSED = (
+    ("resnet50 stage 1", Case("batch", (8, 64, 56, 56), act="relu")),
+    ("resnet50 stage 1 out", Case("batch", (4, 256, 56, 56), act="relu", residual="like")),
+    ("resnet50 eval", Case("batch", (8, 64, 56, 56), act="relu", residual="like", training=False)),
+    ("sd unet 64x64", Case("group", (2, 320, 64, 64), groups=32, act="silu")),
+    ("style transfer", Case("instance", (2, 64, 128, 128), act="leaky_relu")),
+    ("vit-b/16", Case("layer", (16, 197, 768), residual="like", act="gelu")),
+)
+
+
+def grid(dtypes: tuple[str, ...]) -> Iterator[tuple[str, Case]]:
+    for dtype in dtypes:
+        for size, shapes in IMAGES.items():
+            cases = [Case("batch", shapes["batch"], training=training) for training in (True, False)]
+            cases += [Case("group", shapes["group"], groups=32), Case("instance", shapes["instance"])]
+            for case in cases:
+                for layout in ("contiguous", "channels_last"):
+                    yield size, replace(case, layout=layout, dtype=dtype)
+            for shape in ROWS[size]:
+                yield size, Case("layer", shape, dtype=dtype)
+                yield size, Case("rms", shape, dtype=dtype, params="w")
+
+
+def fused(dtypes: tuple[str, ...]) -> Iterator[tuple[str, Case]]:
+    for dtype in dtypes:
+        for name, case in FUSED:
+            for layout in ("contiguous", "channels_last") if len(case.shape) == 4 else ("contiguous",):
+                yield name, replace(case, layout=layout, dtype=dtype)
+
 
 def layers(quick: bool, on_gpu: bool, dtypes: tuple[str, ...], table: bool) -> Iterator[tuple[str, Case]]:
     chosen = [(name, case) for name, case in REAL if not quick or name in QUICK]

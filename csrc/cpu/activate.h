@@ -5,12 +5,10 @@
 
 #include "../core/problem.h"
 #include "lanes.h"
+#include "sums.h"
 
 namespace normkern::cpu::NK_ISA {
 namespace {
-
-using Floats = Pack<float>;
-using Doubles = Pack<double>;
 
 // e^x: x = n*ln2 + r with |r| <= ln2/2, the Taylor polynomial of e^r (truncated below 6e-9), and 2^n in two factors,
 // so that results reach from the smallest subnormal to infinity.

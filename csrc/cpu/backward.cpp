@@ -9,8 +9,7 @@
 namespace normkern::cpu {
 namespace {
 
-constexpr int64_t kFusedBytes = 1 << 20;  // of x and dy that still are in a cache in the second sweep
-constexpr int64_t kBlockBytes = 1 << 15;  // of the small groups that are summed before dx is written
+constexpr int64_t kWideRow = 1 << 15;  // elements; shares of longer rows of weights would leave the cache
 
 template <class A>
 class Backward {
@@ -23,19 +22,29 @@ class Backward {
         threads_(threads),
         weight_(l, a.weight, A(1)),
         bias_(l, a.bias, A(0)),
-        elements_{a.x, a.dy, a.residual, nullptr, a.dx, a.dresidual, weight_.data(), bias_.data(), p.act, l.by_line},
+        elements_{a.x,
+                  a.dy,
+                  a.residual,
+                  nullptr,
+                  a.dx,
+                  a.dresidual,
+                  weight_.data(),
+                  bias_.data(),
+                  p.act,
+                  l.by_line,
+                  l.stats.numel() * size_of(p.dtype) >= kStreamBytes},
         wants_weights_(a.dweight.data || a.dbias.data),
         wants_sums_(a.dx && p.moments != Moments::given) {}
 
   void run() {
     const int64_t wanted = wanted_tasks(l_.stats.numel(), threads_);
-    const bool contiguous = l_.stats.rows == 1;
-    const int64_t pieces = contiguous ? l_.stats.keep : l_.stats.batch;
-    const int64_t bytes = (contiguous ? l_.stats.cols : l_.slice()) * size_of(p_.dtype) * 2;
-    if (pieces >= wanted && bytes <= kFusedBytes)
-      fused(wanted, pieces, std::max<int64_t>(1, bytes));
-    else
-      split(wanted);
+    if (p_.moments == Moments::given && p_.act == Act::none && !a_.dresidual) {
+      const int64_t n = std::max(l_.entries, l_.stats.batch * l_.entries_of_batch());
+      zeros_ = buffer<A>(n);
+      std::fill_n(zeros_.get(), n, A(0));
+    }
+    const Tiles tiles(l_, 2 * size_of(p_.dtype), wanted);
+    tiles.balanced(wanted) && !wide_shares() ? fused(wanted, tiles) : split(wanted);
     if (wants_weights_) add_shares();
   }
 
@@ -47,25 +56,30 @@ class Backward {
     Buffer<double> dbias, dweight;
   };
 
-  void fused(int64_t wanted, int64_t pieces, int64_t bytes) {
-    const bool contiguous = l_.stats.rows == 1;
-    const int64_t step = contiguous ? std::max<int64_t>(1, std::min(ceil_div(pieces, wanted), kBlockBytes / bytes)) : 1;
-    const int64_t groups = contiguous ? step : l_.stats.keep, entries = contiguous ? step : l_.entries_of_batch();
-    Workspace all(wanted, groups, entries);
-    Centers<A> centers(wanted * entries);
+  // Where rows are very long, tasks share the columns of the weights instead: see Grid.
+  bool wide_shares() const { return wants_weights_ && l_.lookup.by_element && l_.stats.cols > kWideRow; }
+
+  void fused(int64_t wanted, const Tiles& tiles) {
+    const int64_t entries = tiles.most_entries();
+    Workspace all(wanted, tiles.keeps, entries);
+    Centers<A> centers(l_, wanted * entries);
     shares_.resize(wanted);
     parallel(threads_, wanted, [&](int64_t task) {
-      const int64_t begin = Grid::cut(pieces, wanted, task), end = Grid::cut(pieces, wanted, task + 1);
-      const int64_t piece = l_.stats.numel() / pieces;
-      open(shares_[task], begin * piece, end * piece - 1);
-      for (int64_t i = begin; i < end; i += step) {
-        Box box = l_.whole(contiguous ? 0 : i);
-        if (contiguous) box.k0 = i, box.k1 = std::min(end, i + step);
+      const int64_t begin = Grid::cut(tiles.count(), wanted, task), end = Grid::cut(tiles.count(), wanted, task + 1);
+      const Box boxes = tiles.boxes(begin, end);
+      open_box(shares_[task], boxes, tiles.box(end - 1).b - boxes.b + 1);
+      const auto w = all.of(task);
+      for (int64_t i = begin; i < end; ++i) {
+        const Box box = tiles.box(i);
         read_moments(box, task * entries, centers);
-        const auto w = all.of(task);
-        if (wants_sums_ || wants_weights_) sum(box, centers.at(task * entries), w, shares_[task]);
-        finish(box, w.sums, w);
-        slope(box, centers.at(task * entries), w);
+        const Center<A> center = centers.at(task * entries);
+        if (!wants_sums_) {
+          sum_and_slope(box, center, w, shares_[task]);
+          continue;
+        }
+        sum(box, center, w, shares_[task]);
+        finish(box, center, w.sums, w);
+        slope(box, center, w);
       }
     });
   }
@@ -73,26 +87,29 @@ class Backward {
   void split(int64_t wanted) {
     const Grid grid(l_, wanted, wants_weights_);
     const int64_t most = grid.box_groups(), tasks = grid.count(), batch_entries = l_.entries_of_batch();
-    Centers<A> centers(l_.stats.batch * batch_entries);
+    Centers<A> centers(l_, l_.stats.batch * batch_entries);
     for (int64_t b = 0; b < l_.stats.batch; ++b) read_moments(l_.whole(b), b * batch_entries, centers);
     const int64_t box_entries = std::max(most, l_.columns ? l_.width : 0);
     Workspace all(tasks, most, box_entries);
     shares_.resize(tasks);
-    if (wants_sums_ || wants_weights_) {
-      parallel(threads_, tasks, [&](int64_t task) {
-        const int64_t first = grid.first_batch(task);
-        const Box box = grid.box(task, first);
-        open_box(shares_[task], box, grid.last_batch(task) - first);
-        auto w = all.of(task);
-        for (int64_t b = first; b < grid.last_batch(task); ++b) {
-          Box at = box;
-          at.b = b;
-          sum(at, centers.at(b * batch_entries + l_.first_entry(box)), w, shares_[task]);
-          w.sums += box.groups();
+    parallel(threads_, tasks, [&](int64_t task) {
+      const int64_t first = grid.first_batch(task);
+      const Box box = grid.box(task, first);
+      open_box(shares_[task], box, grid.last_batch(task) - first);
+      auto w = all.of(task);
+      for (int64_t b = first; b < grid.last_batch(task); ++b) {
+        Box at = box;
+        at.b = b;
+        const Center<A> center = centers.at(b * batch_entries + l_.first_entry(box));
+        if (!wants_sums_) {
+          sum_and_slope(at, center, w, shares_[task]);
+          continue;
         }
-      });
-    }
-    if (!a_.dx && !a_.dresidual) return;
+        sum(at, center, w, shares_[task]);
+        w.sums += box.groups();
+      }
+    });
+    if (!wants_sums_) return;
     // Every task merges the groups that it needs, in the order of the boxes: cheaper than another round of tasks.
     Workspace merged(tasks, most, box_entries);
     parallel(threads_, tasks, [&](int64_t task) {
@@ -104,14 +121,15 @@ class Backward {
         const Box box = grid.box(task, b);
         for (int64_t k = 0; k < box.groups(); ++k) {
           Sums s;
-          for (int64_t r = 0; r < grid.rows && wants_sums_; ++r)
+          for (int64_t r = 0; r < grid.rows; ++r)
             for (int64_t c = 0; c < grid.cols; ++c)
               s = merge(s, all.of(first + r * grid.keeps * grid.cols + c).sums[offset + k]);
           w.sums[k] = s;
         }
         offset += box.groups();
-        finish(box, w.sums, w);
-        slope(box, centers.at(b * batch_entries + l_.first_entry(box)), w);
+        const Center<A> center = centers.at(b * batch_entries + l_.first_entry(box));
+        finish(box, center, w.sums, w);
+        slope(box, center, w);
       }
     });
   }
@@ -120,26 +138,38 @@ class Backward {
   struct Scratch {
     Sums* sums;
     double *first, *second;
-    A *mean_g, *mean_g_xhat;
+    A *slope, *offset;
   };
 
   struct Workspace {
     int64_t groups, entries;
     Buffer<Sums> sums;
     Buffer<double> numbers;
-    Buffer<A> means;
+    Buffer<A> slopes;
     Workspace(int64_t tasks, int64_t g, int64_t e)
         : groups(g),
           entries(e),
           sums(buffer<Sums>(tasks * g)),
           numbers(buffer<double>(tasks * e * 2)),
-          means(buffer<A>(tasks * e * 2)) {}
+          slopes(buffer<A>(tasks * e * 2)) {}
     Scratch of(int64_t task) const {
       double* n = numbers.get() + task * entries * 2;
-      A* m = means.get() + task * entries * 2;
+      A* m = slopes.get() + task * entries * 2;
       return {sums.get() + task * groups, n, n + entries, m, m + entries};
     }
   };
+
+  // Where dx needs no sums, both sweeps go over a few rows at a time.
+  void sum_and_slope(const Box& box, const Center<A>& center, const Scratch& w, const Share& share) const {
+    const int64_t row = 2 * size_of(p_.dtype) * (l_.columns ? l_.entries_of(box) : box.groups() * l_.stats.cols);
+    const int64_t step = std::max<int64_t>(1, kTileBytes / row);
+    for (Box part = box; part.r0 < box.r1; part.r0 = part.r1) {
+      part.r1 = std::min(box.r1, part.r0 + step);
+      if (wants_weights_) sum(part, center, w, share);
+      finish(part, center, w.sums, w);
+      slope(part, center, w);
+    }
+  }
 
   void read_moments(const Box& box, int64_t first, Centers<A>& centers) const {
     const auto read = [](Param param, int64_t i) {
@@ -147,7 +177,7 @@ class Backward {
       with_type(param.dtype, [&](auto type) { value = to_double(static_cast<const decltype(type)*>(param.data)[i]); });
       return value;
     };
-    set_centers(l_, box, p_.eps, first, centers, [&](int64_t k) {
+    centers.set(l_, box, p_.eps, first, elements(box), [&](int64_t k) {
       const int64_t group = box.b * l_.stats.keep + box.k0 + k;
       return Spread{1, p_.moments == Moments::second ? 0 : read(a_.mean, group), read(a_.var, group)};
     });
@@ -248,17 +278,7 @@ class Backward {
     if (!l_.columns) {
       const BackwardSums s = {wants_sums_ ? w.first : nullptr, w.second, share.dbias.get(), share.dweight.get(),
                               share.first};
-      Runs r = l_.runs(box);
-      if (r.length == l_.stats.cols || r.count == 1) {
-        kernels_.sums_runs(e, r, l_.lookup, center, s);
-      } else {
-        for (Box one = box; one.k0 < box.k1; ++one.k0) {
-          one.k1 = one.k0 + 1;
-          const int64_t k = one.k0 - box.k0;
-          const BackwardSums at = {s.g ? s.g + k : nullptr, s.g_xhat + k, s.dbias, s.dweight, s.origin};
-          kernels_.sums_runs(e, l_.runs(one), l_.lookup, shift(center, k), at);
-        }
-      }
+      kernels_.sums_runs(e, l_.runs(box), l_.lookup, center, s);
       for (int64_t k = 0; k < groups; ++k) w.sums[k] = {w.first[k], w.second[k]};
       return;
     }
@@ -268,6 +288,9 @@ class Backward {
       s.dweight = share.dweight.get() + (box.r0 - share.first);
     }
     kernels_.sums_columns(e, l_.lines(box), center, s);
+    // What the sums of columns leave out of xhat.
+    for (int64_t j = 0; j < n && !l_.by_line; ++j)
+      w.second[j] -= double(center.low[j]) * double(center.rstd[j]) * w.first[j];
     const int64_t cols = l_.stats.cols;
     std::fill_n(w.sums, groups, Sums{});
     for (int64_t j = 0; j < n;) {
@@ -287,36 +310,37 @@ class Backward {
     }
   }
 
-  static Center<A> shift(Center<A> c, int64_t k) { return {c.mean + k, c.low ? c.low + k : nullptr, c.rstd + k}; }
-
-  // Means over the group of g and g*xhat, for every entry.
-  void finish(const Box& box, const Sums* sums, const Scratch& w) const {
+  // What dx needs of the means over the group of g and g*xhat, for every entry.
+  void finish(const Box& box, const Center<A>& center, const Sums* sums, const Scratch& w) const {
     const int64_t cols = l_.columns ? l_.stats.cols : 1, n = l_.entries_of(box);
     const double count = double(l_.stats.count());
     const bool mean_var = p_.moments == Moments::mean_var;
     for (int64_t j = 0; j < n;) {
       for (int64_t k = 0; k < box.groups(); ++k) {
-        const A mean_g = wants_sums_ && mean_var ? A(sums[k].first / count) : A(0);
-        const A mean_g_xhat = wants_sums_ ? A(sums[k].second / count) : A(0);
-        std::fill_n(w.mean_g + j, cols, mean_g);
-        std::fill_n(w.mean_g_xhat + j, cols, mean_g_xhat);
+        const double mean_g = wants_sums_ && mean_var ? sums[k].first / count : 0;
+        const double mean_g_xhat = wants_sums_ ? sums[k].second / count : 0;
+        const double rstd = center.rstd[j], slope = -rstd * mean_g_xhat;
+        std::fill_n(w.slope + j, cols, A(slope));
+        std::fill_n(w.offset + j, cols, A(-rstd * mean_g - double(center.low[j]) * rstd * slope));
         j += cols;
       }
     }
   }
 
-  void slope(const Box& box, Center<A> center, const Scratch& w) const {
+  void slope(const Box& box, const Center<A>& center, const Scratch& w) const {
     if (!a_.dx && !a_.dresidual) return;
-    const Elements<A> e = elements(box);
-    if (l_.columns) return kernels_.slope_columns(e, l_.lines(box), center, {w.mean_g, w.mean_g_xhat});
-    const Runs r = l_.runs(box);
-    if (r.length == l_.stats.cols || r.count == 1)
-      return kernels_.slope_runs(e, r, l_.lookup, center, {w.mean_g, w.mean_g_xhat});
-    for (Box one = box; one.k0 < box.k1; ++one.k0) {
-      one.k1 = one.k0 + 1;
-      const int64_t k = one.k0 - box.k0;
-      kernels_.slope_runs(e, l_.runs(one), l_.lookup, shift(center, k), {w.mean_g + k, w.mean_g_xhat + k});
+    Elements<A> e = elements(box);
+    if (zeros_) {
+      e.x = a_.dy;
+      e.residual = nullptr;
+      e.y = a_.dx;
+      e.bias = zeros_.get();
+      const Center<A> scaled = {zeros_.get(), zeros_.get(), center.rstd, center.scale, zeros_.get()};
+      return l_.columns ? kernels_.map_columns(e, l_.lines(box), scaled)
+                        : kernels_.map_runs(e, l_.runs(box), l_.lookup, scaled);
     }
+    if (l_.columns) return kernels_.slope_columns(e, l_.lines(box), center, {w.slope, w.offset});
+    kernels_.slope_runs(e, l_.runs(box), l_.lookup, center, {w.slope, w.offset});
   }
 
   const Kernels<A>& kernels_;
@@ -327,6 +351,7 @@ class Backward {
   Expanded<A> weight_, bias_;
   Elements<A> elements_;
   bool wants_weights_, wants_sums_;
+  Buffer<A> zeros_;  // where dx is a multiple of dy: the mean and bias of the map that makes it
   std::vector<Share> shares_;
 };
 
@@ -337,7 +362,7 @@ void backward(const Problem& p, const BackwardArgs& a, const Threads& threads) {
   const Layout l(p, a.weight.data || a.bias.data || a.dweight.data || a.dbias.data);
   const KernelTable& table = kernels();
   switch (p.dtype) {
-    case DType::f32: return Backward<double>(table.f32, p, l, a, threads).run();
+    case DType::f32: return Backward<float>(table.f32, p, l, a, threads).run();
     case DType::f64: return Backward<double>(table.f64, p, l, a, threads).run();
     case DType::f16: return Backward<float>(table.f16, p, l, a, threads).run();
     case DType::bf16: return Backward<float>(table.bf16, p, l, a, threads).run();

@@ -1,77 +1,127 @@
 // forward.cpp: moments, and the map that follows them.
 //
-// Where a group, or a batch index of a strided domain, fits the cache, one task reduces and maps it (`fused`).
-// Otherwise boxes are reduced to partial Spreads, which merge in the order of the boxes, and mapped in a second pass.
+// A tile is as many groups as fit the cache; one task reduces and maps it (`fused`), so x comes from memory once.
+// Where there are fewer groups than threads, or where lines of many short runs are walked whole, boxes are reduced to
+// partial Spreads, which merge in the order of the boxes, and mapped in a second pass.
 #include "layout.h"
 
 namespace normkern::cpu {
 namespace {
 
-constexpr int64_t kFusedBytes = 1 << 20;  // of x that still is in a cache when it is mapped
-constexpr int64_t kBlockBytes = 1 << 15;  // of the small groups that are reduced before they are mapped
+double element(const void* x, DType dtype, int64_t e) {
+  double v = 0;
+  with_type(dtype, [&](auto type) { v = to_double(static_cast<const decltype(type)*>(x)[e]); });
+  return v;
+}
 
 // The moments of a box: its shifted sums folded into one Spread per group. For second moments the mean is 0.
 template <class A>
 class BoxMoments {
  public:
-  BoxMoments(const Kernels<A>& kernels, const Layout& l, const void* x, bool centered)
-      : kernels_(kernels), l_(l), x_(x), centered_(centered) {}
+  // Where one task keeps the sums of a box of `entries` entries.
+  struct Scratch {
+    Buffer<A> quick;
+    Buffer<double> wide, exact;
+    Buffer<Spread> found;
+    Scratch(const Layout& l, int64_t entries)
+        : quick(buffer<A>(entries * (1 + lanes(l)))),
+          wide(buffer<double>(entries * 2)),
+          found(buffer<Spread>(entries)) {}
+    static int64_t lanes(const Layout& l) { return l.columns || l.stats.rows == 1 ? 0 : 2 * kMaxLanes; }
+  };
 
-  // `sums` holds 3 * entries_of(box) numbers.
-  void add(const Box& box, double* sums, Spread* spreads) const {
-    const int64_t n = l_.entries_of(box), span = box.c1 - box.c0;
-    const ShiftedSums s = {sums, sums + n, sums + 2 * n};
+  BoxMoments(const Kernels<A>& kernels, const Layout& l, const void* x, DType dtype, bool centered)
+      : kernels_(kernels), l_(l), x_(x), dtype_(dtype), centered_(centered) {}
+
+  void add(const Box& box, Scratch& scratch, Spread* spreads) const {
     std::fill_n(spreads, box.groups(), Spread{});
-    if (l_.columns) return add_columns(box, s, spreads);
-    if (span <= kMaxSum && (span == l_.stats.cols || box.groups() == 1)) return add_rows(box, s, spreads);
-    for (int64_t k = box.k0; k < box.k1; ++k)
-      for (int64_t c = box.c0; c < box.c1; c += kMaxSum)
-        add_rows({box.b, box.r0, box.r1, k, k + 1, c, std::min(c + kMaxSum, box.c1)}, s, spreads + (k - box.k0));
-  }
-
- private:
-  void add_rows(Box box, ShiftedSums s, Spread* spreads) const {
-    const int64_t end = box.r1, step = std::max<int64_t>(1, kMaxSum / (box.c1 - box.c0));
-    for (; box.r0 < end; box.r0 += step) {
-      box.r1 = std::min(end, box.r0 + step);
-      const Runs r = l_.runs(box);
-      kernels_.moments_runs(x_, r, centered_, s);
-      for (int64_t k = 0; k < r.count; ++k)
-        spreads[k] = merge(spreads[k], spread(double(r.length * r.lines), s.shift[k], s.sum[k], s.squares[k]));
-    }
-  }
-
-  void add_columns(Box box, ShiftedSums s, Spread* spreads) const {
-    const int64_t cols = l_.stats.cols, groups = box.groups(), end = box.r1;
-    const int64_t step = std::max<int64_t>(1, kMaxSum / (l_.width / l_.stats.keep));
-    for (; box.r0 < end; box.r0 += step) {
-      box.r1 = std::min(end, box.r0 + step);
-      const Columns c = l_.lines(box);
-      kernels_.moments_columns(x_, c, centered_, cols, groups * cols, s);
-      for (int64_t k = 0; k < groups; ++k) {
-        int64_t count = 0;
-        double sum = 0, squares = 0;
-        for (int64_t from = k * cols; from < c.width; from += groups * cols) {
-          for (int64_t j = from; j < from + cols; ++j) {
-            sum += s.sum[j];
-            squares += s.squares[j];
-          }
-          count += cols * c.lines + std::max<int64_t>(0, std::min(cols, c.tail - from));
-        }
-        spreads[k] = merge(spreads[k], spread(double(count), s.shift[k * cols], sum, squares));
+    const int64_t per_row = l_.columns ? l_.width / l_.stats.keep : box.c1 - box.c0;
+    const int64_t step = std::max<int64_t>(1, kMaxSum / per_row);
+    for (Box part = box; part.r0 < box.r1; part.r0 = part.r1) {
+      part.r1 = std::min(box.r1, part.r0 + step);
+      for (part.c0 = box.c0; part.c0 < box.c1; part.c0 = part.c1) {
+        part.c1 = l_.columns ? box.c1 : std::min(box.c1, part.c0 + kMaxSum);
+        add_part(part, scratch, spreads);
       }
     }
   }
 
-  Spread spread(double count, double shift, double sum, double squares) const {
+ private:
+  // Whether float32 sums around this shift are good: it was near the mean, and nothing has over- or underflowed.
+  bool good(const Spread& s, double shift) const {
+    const double off = s.mean - shift;
+    return s.m2 >= 1e-30 * s.count && s.m2 <= 1e30 * s.count && (!centered_ || off * off * s.count <= 16 * s.m2);
+  }
+
+  void add_part(const Box& part, Scratch& scratch, Spread* spreads) const {
+    const int64_t n = l_.entries_of(part), groups = part.groups(), cols = l_.columns ? l_.stats.cols : 1;
+    double* sum = scratch.wide.get();
+    ShiftedSums<A> quick = {scratch.quick.get(), scratch.quick.get() + n, sum, sum + n};
+    run(kernels_.moments_runs, kernels_.moments_columns, part, true, quick);
+    // Runs too short for all lanes of a pack make long sums in the others.
+    bool all_good = l_.columns || l_.stats.rows == 1 || l_.stats.cols >= kMaxLanes;
+    Spread* found = scratch.found.get();
+    for (int64_t k = 0; k < groups; ++k) {
+      const double shift = quick.shift[k * cols];
+      found[k] = spread(part, k, shift, sum);
+      all_good = all_good && good(found[k], shift);
+    }
+    if (all_good) {
+      for (int64_t k = 0; k < groups; ++k) spreads[k] = merge(spreads[k], found[k]);
+      return;
+    }
+    // Once more in float64, from the mean that was found or, if none was, from a value.
+    if (!scratch.exact) scratch.exact = buffer<double>(n * (1 + Scratch::lanes(l_)));
+    ShiftedSums<double> exact = {scratch.exact.get(), scratch.exact.get() + n, sum, sum + n};
+    for (int64_t k = 0; k < groups; ++k) {
+      double shift = found[k].mean;
+      if (!std::isfinite(shift)) shift = element(x_, dtype_, first_of(part, k));
+      for (int64_t j = k * cols; j < (k + 1) * cols; ++j) exact.shift[j] = shift;
+    }
+    for (int64_t j = groups * cols; j < n; ++j) exact.shift[j] = exact.shift[j - groups * cols];
+    run(kernels_.exact_moments_runs, kernels_.exact_moments_columns, part, false, exact);
+    for (int64_t k = 0; k < groups; ++k) spreads[k] = merge(spreads[k], spread(part, k, exact.shift[k * cols], sum));
+  }
+
+  int64_t first_of(const Box& part, int64_t k) const {
+    return (l_.columns ? l_.lines(part).first : l_.runs(part).first) + k * l_.stats.cols;
+  }
+
+  template <class OfRuns, class OfColumns, class S>
+  void run(OfRuns of_runs, OfColumns of_columns, const Box& part, bool pick, ShiftedSums<S> s) const {
+    if (l_.columns)
+      of_columns(x_, l_.lines(part), centered_, pick, l_.stats.cols, part.groups() * l_.stats.cols, s);
+    else
+      of_runs(x_, l_.runs(part), centered_, pick, s);
+  }
+
+  // Of group k of a part, from the sums of its entries.
+  Spread spread(const Box& part, int64_t k, double shift, const double* sums) const {
+    const int64_t n = l_.entries_of(part), cols = l_.stats.cols;
+    double count = 0, sum = 0, squares = 0;
+    if (!l_.columns) {
+      count = double((part.c1 - part.c0) * (part.r1 - part.r0));
+      sum = sums[k];
+      squares = sums[n + k];
+    } else {
+      const Columns c = l_.lines(part);
+      for (int64_t from = k * cols; from < c.width; from += part.groups() * cols) {
+        for (int64_t j = from; j < from + cols; ++j) {
+          sum += sums[j];
+          squares += sums[n + j];
+        }
+        count += double(cols * c.lines + std::max<int64_t>(0, std::min(cols, c.tail - from)));
+      }
+    }
     if (!centered_) return {count, 0, squares};
-    const double m2 = squares - sum * (sum / count);
-    return {count, shift + sum / count, m2 < 0 ? 0 : m2};
+    const double mean = sum / count, m2 = squares - sum * mean;
+    return {count, shift + mean, m2 < 0 ? 0 : m2};
   }
 
   const Kernels<A>& kernels_;
   const Layout& l_;
   const void* x_;
+  DType dtype_;
   bool centered_;
 };
 
@@ -84,56 +134,52 @@ class Forward {
         l_(l),
         a_(a),
         threads_(threads),
-        reduce_(kernels, l, a.x, p.moments == Moments::mean_var) {}
+        reduce_(kernels, l, a.x, p.dtype, p.moments == Moments::mean_var) {}
 
   void run() {
-    const int64_t wanted = wanted_tasks(l_.stats.numel(), threads_);
-    const bool contiguous = l_.stats.rows == 1, only_moments = a_.y == nullptr;
-    const int64_t pieces = contiguous ? l_.stats.keep : l_.stats.batch;
-    const int64_t bytes = (contiguous ? l_.stats.cols : l_.slice()) * size_of(p_.dtype);
-    if (!only_moments) {
+    const int64_t wanted = wanted_tasks(l_.stats.numel(), threads_), bytes = l_.stats.numel() * size_of(p_.dtype);
+    if (a_.y) {
       weight_ = std::make_unique<Expanded<A>>(l_, a_.weight, A(1));
       bias_ = std::make_unique<Expanded<A>>(l_, a_.bias, A(0));
-      elements_ = {a_.x,    nullptr,         a_.residual,   a_.y,   nullptr,
-                   nullptr, weight_->data(), bias_->data(), p_.act, l_.by_line};
+      elements_.x = a_.x;
+      elements_.residual = a_.residual;
+      elements_.y = a_.y;
+      elements_.weight = weight_->data();
+      elements_.bias = bias_->data();
+      elements_.act = p_.act;
+      elements_.by_line = l_.by_line;
+      elements_.stream = bytes >= kStreamBytes;
     }
     if (p_.moments == Moments::given) return given(wanted);
-    if (pieces >= wanted && (bytes <= kFusedBytes || only_moments))
-      return fused(wanted, pieces, std::max<int64_t>(1, bytes));
-    split(wanted);
+    const Tiles tiles(l_, size_of(p_.dtype), wanted);
+    tiles.balanced(wanted) ? fused(wanted, tiles) : split(wanted);
   }
 
  private:
   void given(int64_t wanted) {
-    Centers<A> centers(l_.stats.batch * l_.entries_of_batch());
-    with_type(a_.mean.dtype, [&](auto mean_type) {
-      with_type(a_.var.dtype, [&](auto var_type) {
-        const auto* mean = static_cast<const decltype(mean_type)*>(a_.mean.data);
-        const auto* var = static_cast<const decltype(var_type)*>(a_.var.data);
-        for (int64_t b = 0; b < l_.stats.batch; ++b)
-          set_centers(l_, l_.whole(b), p_.eps, b * l_.entries_of_batch(), centers, [&](int64_t k) {
-            const int64_t group = b * l_.stats.keep + k;
-            return Spread{1, to_double(mean[group]), to_double(var[group])};
-          });
+    Centers<A> centers(l_, l_.stats.batch * l_.entries_of_batch());
+    for (int64_t b = 0; b < l_.stats.batch; ++b) {
+      const Box box = l_.whole(b);
+      centers.set(l_, box, p_.eps, b * l_.entries_of_batch(), elements(box), [&](int64_t k) {
+        const int64_t group = b * l_.stats.keep + k;
+        return Spread{1, element(a_.mean.data, a_.mean.dtype, group), element(a_.var.data, a_.var.dtype, group)};
       });
-    });
+    }
     map_all(Grid(l_, wanted, false), centers);
   }
 
-  void fused(int64_t wanted, int64_t pieces, int64_t bytes) {
-    const bool contiguous = l_.stats.rows == 1;
-    const int64_t step = contiguous ? std::max<int64_t>(1, std::min(ceil_div(pieces, wanted), kBlockBytes / bytes)) : 1;
-    const int64_t entries = contiguous ? step : l_.entries_of_batch(), groups = contiguous ? step : l_.stats.keep;
-    const auto sums = buffer<double>(wanted * entries * 3);
-    const auto spreads = buffer<Spread>(wanted * groups);
-    Centers<A> centers(wanted * entries);
+  void fused(int64_t wanted, const Tiles& tiles) {
+    const int64_t entries = tiles.most_entries();
+    const auto spreads = buffer<Spread>(wanted * tiles.keeps);
+    Centers<A> centers(l_, wanted * entries);
     parallel(threads_, wanted, [&](int64_t task) {
-      const int64_t end = Grid::cut(pieces, wanted, task + 1);
-      for (int64_t i = Grid::cut(pieces, wanted, task); i < end; i += step) {
-        Box box = l_.whole(contiguous ? 0 : i);
-        if (contiguous) box.k0 = i, box.k1 = std::min(end, i + step);
-        reduce_.add(box, sums.get() + task * entries * 3, spreads.get() + task * groups);
-        finish(box, spreads.get() + task * groups, task * entries, centers);
+      typename BoxMoments<A>::Scratch scratch(l_, entries);
+      Spread* found = spreads.get() + task * tiles.keeps;
+      const int64_t end = Grid::cut(tiles.count(), wanted, task + 1);
+      for (int64_t i = Grid::cut(tiles.count(), wanted, task); i < end; ++i) {
+        const Box box = tiles.box(i);
+        reduce_.add(box, scratch, found);
+        finish(box, found, task * entries, centers);
         if (a_.y) map(box, centers.at(task * entries));
       }
     });
@@ -145,14 +191,14 @@ class Forward {
     const auto partials = buffer<Spread>(tasks * most);
     parallel(threads_, tasks, [&](int64_t task) {
       Spread* to = partials.get() + task * most;
-      const auto sums = buffer<double>(3 * l_.entries_of(grid.box(task, 0)));
+      typename BoxMoments<A>::Scratch scratch(l_, grid.most_entries());
       for (int64_t b = grid.first_batch(task); b < grid.last_batch(task); ++b) {
         const Box box = grid.box(task, b);
-        reduce_.add(box, sums.get(), to);
+        reduce_.add(box, scratch, to);
         to += box.groups();
       }
     });
-    Centers<A> centers(l_.stats.batch * l_.entries_of_batch());
+    Centers<A> centers(l_, l_.stats.batch * l_.entries_of_batch());
     // Boxes of the same groups merge in order, whoever reduced them.
     parallel(threads_, grid.batches * grid.keeps, [&](int64_t i) {
       const int64_t first = i / grid.keeps * (grid.rows * grid.keeps * grid.cols) + i % grid.keeps * grid.cols;
@@ -176,13 +222,15 @@ class Forward {
 
   // Moments to the caller and to the entries of `centers` from `first` on.
   void finish(const Box& box, const Spread* spreads, int64_t first, Centers<A>& centers) {
-    set_centers(l_, box, p_.eps, first, centers, [&](int64_t k) {
+    const auto moments_of = [&](int64_t k) {
       const int64_t group = box.b * l_.stats.keep + box.k0 + k;
       const Spread s = {1, spreads[k].mean, spreads[k].m2 / spreads[k].count};
       if (a_.mean_out && p_.moments == Moments::mean_var) a_.mean_out[group] = s.mean;
       if (a_.var_out) a_.var_out[group] = s.m2;
       return s;
-    });
+    };
+    if (a_.y) return centers.set(l_, box, p_.eps, first, elements(box), moments_of);
+    for (int64_t k = 0; k < box.groups(); ++k) moments_of(k);
   }
 
   void map_all(const Grid& grid, const Centers<A>& centers) {
@@ -194,12 +242,18 @@ class Forward {
     });
   }
 
-  void map(const Box& box, Center<A> center) const {
+  Elements<A> elements(const Box& box) const {
     Elements<A> e = elements_;
-    if (!l_.columns) return kernels_.map_runs(e, l_.runs(box), l_.lookup, center);
-    e.weight += l_.first_weight(box);
-    e.bias += l_.first_weight(box);
-    kernels_.map_columns(e, l_.lines(box), center);
+    if (l_.columns) {
+      e.weight += l_.first_weight(box);
+      e.bias += l_.first_weight(box);
+    }
+    return e;
+  }
+
+  void map(const Box& box, Center<A> center) const {
+    if (l_.columns) return kernels_.map_columns(elements(box), l_.lines(box), center);
+    kernels_.map_runs(elements_, l_.runs(box), l_.lookup, center);
   }
 
   const Kernels<A>& kernels_;
@@ -219,7 +273,7 @@ void forward(const Problem& p, const ForwardArgs& a, const Threads& threads) {
   const Layout l(p, a.weight.data || a.bias.data);
   const KernelTable& table = kernels();
   switch (p.dtype) {
-    case DType::f32: return Forward<double>(table.f32, p, l, a, threads).run();
+    case DType::f32: return Forward<float>(table.f32, p, l, a, threads).run();
     case DType::f64: return Forward<double>(table.f64, p, l, a, threads).run();
     case DType::f16: return Forward<float>(table.f16, p, l, a, threads).run();
     case DType::bf16: return Forward<float>(table.bf16, p, l, a, threads).run();

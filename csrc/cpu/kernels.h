@@ -8,10 +8,10 @@
 
 namespace normkern::cpu {
 
-// Runs of `length` neighbours: run i of line l starts at first + l*stride + i*length. Run i belongs to entry i of the
+// Runs of `length` neighbours: run i of line l starts at first + l*stride + i*pitch. Run i belongs to entry i of the
 // per-run arrays, on every line.
 struct Runs {
-  int64_t first, length, count, lines, stride;
+  int64_t first, length, count, pitch, lines, stride;
 };
 
 // `lines` lines of `width` elements, then `tail` elements of one more. Column j belongs to entry j of the per-column
@@ -27,24 +27,30 @@ struct Lookup {
   bool by_element;
 };
 
-// Sums of x - shift and of its square.
+// Sums of x - shift and of its square, in packs of S that are emptied into float64. `lanes` is scratch for runs of
+// several lines: 2 * kMaxLanes for every entry.
+template <class S>
 struct ShiftedSums {
-  double *shift, *sum, *squares;  // [entries]
+  S *shift, *lanes;
+  double *sum, *squares;  // [entries]
 };
+constexpr int64_t kMaxLanes = 16;
 
-// How x is normalized. mean + low is the mean to twice the precision of A; `low` is null where A is double.
+// How x is normalized. mean + low is the mean to twice the precision of A. Columns have the affine step folded in:
+// z = (x - mean)*scale + shift.
 template <class A>
 struct Center {
-  const A *mean, *low, *rstd;  // [entries]
+  const A *mean, *low, *rstd, *scale, *shift;  // [entries]
 };
 
 template <class A>
 struct Elements {
   const void *x, *dy, *residual;
   void *y, *dx, *dresidual;
-  const A *weight, *bias;  // by Lookup for runs, [width] for columns or, if by_line, [lines]
+  const A *weight, *bias;  // by Lookup for runs; [lines] for columns if by_line, else in Center
   Act act;
   bool by_line;  // columns: weights change from line to line, not along it
+  bool stream;   // results are too large to be found in a cache again
 };
 
 // Sums over statistics groups of g and g*xhat, and over weights of dz and dz*xhat; either pair may be null. All add
@@ -55,30 +61,35 @@ struct BackwardSums {
   int64_t origin;
 };
 
-// dx = rstd * (dz*weight - mean_g - xhat*mean_g_xhat)
+// dx = dz*weight*rstd + (x - mean)*rstd*slope + offset
 template <class A>
 struct Slope {
-  const A *mean_g, *mean_g_xhat;  // [entries]
+  const A *slope, *offset;  // [entries]
 };
 
-// A is what elements are computed in. All sums are float64.
+// A is what elements are computed in. All sums end in float64.
 template <class A>
 struct Kernels {
-  void (*moments_runs)(const void* x, const Runs& r, bool centered, ShiftedSums s);
+  // With `pick`, s.shift is found among the elements, else it is given. The exact forms sum in float64 throughout.
+  void (*moments_runs)(const void* x, const Runs& r, bool centered, bool pick, ShiftedSums<A> s);
+  void (*exact_moments_runs)(const void* x, const Runs& r, bool centered, bool pick, ShiftedSums<double> s);
   // Columns of one group, `cols` neighbours, share the shift; groups recur after `period` columns.
-  void (*moments_columns)(const void* x, const Columns& c, bool centered, int64_t cols, int64_t period, ShiftedSums s);
+  void (*moments_columns)(const void* x, const Columns& c, bool centered, bool pick, int64_t cols, int64_t period,
+                          ShiftedSums<A> s);
+  void (*exact_moments_columns)(const void* x, const Columns& c, bool centered, bool pick, int64_t cols, int64_t period,
+                                ShiftedSums<double> s);
   void (*map_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center);
   void (*map_columns)(const Elements<A>& e, const Columns& c, Center<A> center);
   void (*sums_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center, BackwardSums s);
-  // Columns sum dz and dz*xhat only, into s.g and s.g_xhat; if by_line, all four, weights by line.
+  // Columns sum dz and dz*(x - mean)*rstd only, into s.g and s.g_xhat; if by_line, all four, weights by line.
   void (*sums_columns)(const Elements<A>& e, const Columns& c, Center<A> center, BackwardSums s);
   void (*slope_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center, Slope<A> slope);
   void (*slope_columns)(const Elements<A>& e, const Columns& c, Center<A> center, Slope<A> slope);
 };
 
 struct KernelTable {
-  Kernels<double> f64, f32;
-  Kernels<float> f16, bf16;
+  Kernels<double> f64;
+  Kernels<float> f32, f16, bf16;
 };
 
 namespace baseline {

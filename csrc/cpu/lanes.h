@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "../core/half.h"
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 // GCC 12 finds an uninitialized variable inside its own AVX-512 intrinsics.
 #pragma GCC diagnostic push
 #if !defined(__clang__)
@@ -38,6 +38,16 @@ struct VectorOf {
 };
 template <class T, int N>
 using Vector = typename VectorOf<T, N>::type;
+
+// Integers as wide as a float type.
+template <class A>
+struct BitsOf {
+  typedef int32_t type;
+};
+template <>
+struct BitsOf<double> {
+  typedef int64_t type;
+};
 
 template <class To, class From>
 NK_INLINE To bit_cast(const From& v) {
@@ -74,13 +84,62 @@ NK_INLINE Pack<A> fill(A value) {
   return p;
 }
 
+// The sum of all lanes, as a tree: the sum of equal values is exact.
 template <class A>
 NK_INLINE A total(Pack<A> p) {
   typename Pack<A>::V v = p.part[0];
   for (int i = 1; i < Pack<A>::kParts; ++i) v += p.part[i];
-  A sum = 0;
-  for (int i = 0; i < Pack<A>::kWidth; ++i) sum += v[i];
-  return sum;
+  if constexpr (Pack<A>::kWidth == 16)
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  if constexpr (Pack<A>::kWidth == 16)
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  if constexpr (Pack<A>::kWidth == 8) v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  if constexpr (Pack<A>::kWidth == 4) v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  if constexpr (Pack<A>::kWidth >= 8) return (v[0] + v[2]) + (v[1] + v[3]);
+  return v[0] + v[1];
+}
+
+// a*b + c, rounded once where the instruction set can. Compilers do not contract across functions in ISO mode.
+NK_INLINE Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
+#if defined(__AVX512F__)
+  return {bit_cast<Pack<float>::V>(
+      _mm512_fmadd_ps(bit_cast<__m512>(a.part[0]), bit_cast<__m512>(b.part[0]), bit_cast<__m512>(c.part[0])))};
+#elif defined(__FMA__)
+  return {bit_cast<Pack<float>::V>(
+      _mm256_fmadd_ps(bit_cast<__m256>(a.part[0]), bit_cast<__m256>(b.part[0]), bit_cast<__m256>(c.part[0])))};
+#else
+  return {a.part[0] * b.part[0] + c.part[0]};
+#endif
+}
+
+NK_INLINE Pack<double> fma(Pack<double> a, Pack<double> b, Pack<double> c) {
+  Pack<double> r;
+  for (int i = 0; i < Pack<double>::kParts; ++i) {
+#if defined(__AVX512F__)
+    r.part[i] = bit_cast<Pack<double>::V>(
+        _mm512_fmadd_pd(bit_cast<__m512d>(a.part[i]), bit_cast<__m512d>(b.part[i]), bit_cast<__m512d>(c.part[i])));
+#elif defined(__FMA__)
+    r.part[i] = bit_cast<Pack<double>::V>(
+        _mm256_fmadd_pd(bit_cast<__m256d>(a.part[i]), bit_cast<__m256d>(b.part[i]), bit_cast<__m256d>(c.part[i])));
+#else
+    r.part[i] = a.part[i] * b.part[i] + c.part[i];
+#endif
+  }
+  return r;
+}
+
+// The last n lanes of a, and zero before them.
+template <class A>
+NK_INLINE Pack<A> last_lanes(Pack<A> a, int64_t n) {
+  using Bits = typename BitsOf<A>::type;
+  using I = Vector<Bits, Pack<A>::kWidth>;
+  for (int i = 0; i < Pack<A>::kParts; ++i) {
+    I lane;
+    for (int j = 0; j < Pack<A>::kWidth; ++j) lane[j] = i * Pack<A>::kWidth + j;
+    const I keep = lane >= I{} + Bits(kLanes - n);
+    a.part[i] = bit_cast<typename Pack<A>::V>(bit_cast<I>(a.part[i]) & keep);
+  }
+  return a;
 }
 
 // `yes` where a < b (a <= b), else `no`; a NaN gives `no`.
@@ -180,8 +239,9 @@ NK_INLINE void put_floats(float* p, Vector<float, N> v) {
 template <int N>
 NK_INLINE void put_floats(bf16* p, Vector<float, N> v) {
   using U = Vector<uint32_t, N>;
-  const U u = bit_cast<U>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  put_integers(p, v != v ? U{} + 0x7fc0 : rounded);
+  // NaNs keep their high half, and must not have all of its bits set: see canonical() in layout.h.
+  const U u = bit_cast<U>(v);
+  put_integers(p, (u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
 template <int N>
@@ -298,19 +358,86 @@ NK_INLINE void store(T* p, Pack<A> v) {
   }
 }
 
-// The first n elements, the rest zero.
+// n < kLanes elements: a memcpy of run-time length is a call, and several times slower than these few branches.
+template <class T>
+NK_INLINE void copy_some(T* to, const T* from, int64_t n) {
+  int64_t i = 0;
+  if constexpr (kLanes > 8) {
+    if (n & 8) __builtin_memcpy(to, from, 8 * sizeof(T)), i = 8;
+  }
+  if constexpr (kLanes > 4) {
+    if (n & 4) __builtin_memcpy(to + i, from + i, 4 * sizeof(T)), i += 4;
+  }
+  if (n & 2) __builtin_memcpy(to + i, from + i, 2 * sizeof(T)), i += 2;
+  if (n & 1) __builtin_memcpy(to + i, from + i, sizeof(T));
+}
+
+// The first n < kLanes elements, the rest zero. Calls, since inlined these would be most of the code.
 template <class A, class T>
-NK_INLINE Pack<A> load(const T* p, int64_t n) {
+__attribute__((noinline)) Pack<A> load(const T* p, int64_t n) {
   T buffer[kLanes] = {};
-  __builtin_memcpy(buffer, p, n * sizeof(T));
+  copy_some(static_cast<T*>(buffer), p, n);
   return load<A>(static_cast<const T*>(buffer));
 }
 
 template <class T, class A>
-NK_INLINE void store(T* p, Pack<A> v, int64_t n) {
+__attribute__((noinline)) void store(T* p, Pack<A> v, int64_t n) {
   T buffer[kLanes];
   store(buffer, v);
-  __builtin_memcpy(p, buffer, n * sizeof(T));
+  copy_some(p, static_cast<const T*>(buffer), n);
+}
+
+template <class A, class T>
+NK_INLINE Pack<A> load_some(const T* p, int64_t n) {
+  return n == kLanes ? load<A>(p) : load<A>(p, n);
+}
+
+template <class T, class A>
+NK_INLINE void store_some(T* p, Pack<A> v, int64_t n) {
+  n == kLanes ? store(p, v) : store(p, v, n);
+}
+
+// Stores past the caches; p is a multiple of what one store writes.
+template <class T>
+constexpr int64_t kStreamed = kLanes * sizeof(T) < kRegister ? kLanes * sizeof(T) : kRegister;
+
+template <class T, class A>
+NK_INLINE void stream(T* p, Pack<A> v) {
+#if defined(__SSE2__)
+  alignas(kRegister) T buffer[kLanes];  // never leaves the registers
+  store(static_cast<T*>(buffer), v);
+  char* to = reinterpret_cast<char*>(p);
+  const char* from = reinterpret_cast<const char*>(buffer);
+  for (int64_t i = 0; i < int64_t(sizeof(buffer)); i += kStreamed<T>) {
+#if defined(__AVX512F__)
+    if constexpr (kStreamed<T> == 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_load_si512(from + i));
+      continue;
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (kStreamed<T> == 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i)));
+      continue;
+    }
+#endif
+    if constexpr (kStreamed<T> == 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_load_si128(reinterpret_cast<const __m128i*>(from + i)));
+    } else {
+      __builtin_memcpy(to + i, from + i, kStreamed<T>);
+    }
+  }
+#else
+  store(p, v);
+#endif
+}
+
+// After the last stream(), before anybody else reads.
+NK_INLINE void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 template <class To, class From>

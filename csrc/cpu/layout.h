@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <type_traits>
 
@@ -18,11 +19,13 @@
 
 namespace normkern::cpu {
 
-constexpr int64_t kShortRun = 32;      // shorter runs are walked by columns
-constexpr int64_t kMinLine = 64;       // shorter lines are repeated into one longer line
-constexpr int64_t kMaxColumns = 4096;  // columns of a box: their vectors stay in the L2 cache
-constexpr int64_t kMaxSum = 1 << 12;   // elements of one shifted sum (norm.cpp)
-constexpr int64_t kGrain = 1 << 14;    // elements that are worth a thread
+constexpr int64_t kShortRun = 32;          // shorter runs are walked by columns
+constexpr int64_t kMinLine = 64;           // shorter lines are repeated into one longer line
+constexpr int64_t kMaxColumns = 4096;      // columns of a box: their vectors stay in the L2 cache
+constexpr int64_t kMaxSum = 1 << 16;       // elements of one shifted sum (sums.h)
+constexpr int64_t kTileBytes = 1 << 17;    // of x, or of x and dy, that one task walks twice at a time
+constexpr int64_t kStreamBytes = 1 << 24;  // larger results go past the caches
+constexpr int64_t kGrain = 1 << 14;        // elements that are worth a thread
 
 template <class T>
 using Buffer = std::unique_ptr<T[]>;
@@ -81,7 +84,11 @@ struct Layout {
   int64_t first_weight(const Box& x) const { return by_line ? x.r0 : first_entry(x); }
 
   Runs runs(const Box& x) const {
-    return {((x.b * stats.rows + x.r0) * stats.keep + x.k0) * stats.cols + x.c0, x.c1 - x.c0, x.groups(), x.r1 - x.r0,
+    return {((x.b * stats.rows + x.r0) * stats.keep + x.k0) * stats.cols + x.c0,
+            x.c1 - x.c0,
+            x.groups(),
+            stats.cols,
+            x.r1 - x.r0,
             line};
   }
   Columns lines(const Box& x) const {
@@ -166,6 +173,42 @@ struct Grid {
             cut(layout.stats.cols, cols, c + 1)};
   }
   int64_t box_groups() const { return ceil_div(layout.stats.batch, batches) * ceil_div(layout.stats.keep, keeps); }
+  int64_t most_entries() const { return layout.columns ? layout.width : ceil_div(layout.stats.keep, keeps); }
+};
+
+// Whole groups, as many as fit the cache, that one task walks twice: x is then read from memory once. With columns a
+// tile is a batch index.
+struct Tiles {
+  const Layout& layout;
+  int64_t keeps, per_batch;
+
+  Tiles(const Layout& l, int64_t bytes_per_element, int64_t wanted) : layout(l), keeps(l.stats.keep) {
+    if (!l.columns) {
+      const int64_t bytes = std::max<int64_t>(1, l.stats.count() * bytes_per_element);
+      keeps = std::max<int64_t>(1, std::min(kTileBytes / bytes, l.stats.groups() / wanted));
+      keeps = std::min(keeps, l.stats.keep);
+    }
+    per_batch = ceil_div(l.stats.keep, keeps);
+  }
+  int64_t count() const { return layout.stats.batch * per_batch; }
+  // Every task gets about as much.
+  bool balanced(int64_t wanted) const { return count() % wanted == 0 || count() >= 4 * wanted; }
+  Box box(int64_t i) const {
+    Box x = layout.whole(i / per_batch);
+    x.k0 = i % per_batch * keeps;
+    x.k1 = std::min(layout.stats.keep, x.k0 + keeps);
+    return x;
+  }
+  // The union of the tiles [i, j): with more than one batch index, all groups.
+  Box boxes(int64_t i, int64_t j) const {
+    Box x = box(i);
+    if (i / per_batch == (j - 1) / per_batch)
+      x.k1 = box(j - 1).k1;
+    else
+      x.k0 = 0, x.k1 = layout.stats.keep;
+    return x;
+  }
+  int64_t most_entries() const { return layout.columns ? layout.width : keeps; }
 };
 
 inline int64_t wanted_tasks(int64_t numel, const Threads& threads) {
@@ -196,6 +239,13 @@ inline void from_double(double v, bf16& to) { to = to_bf16(v); }
 template <class A>
 constexpr DType kDTypeOf = sizeof(A) == 8 ? DType::f64 : DType::f32;
 
+// NaNs of some devices have all bits set; rounding such a float32 to bfloat16 would carry into its sign and make a
+// zero.
+template <class A>
+A canonical(A v) {
+  return v != v ? std::numeric_limits<A>::quiet_NaN() : v;
+}
+
 // Weights or biases with an entry for each that the kernels read: the caller's own where they already are that.
 template <class A>
 class Expanded {
@@ -203,7 +253,7 @@ class Expanded {
   Expanded(const Layout& l, Param param, A missing) {
     if (param.data && param.dtype == kDTypeOf<A> && l.entries == l.affine.groups() && l.entries_per_weight() == 1) {
       data_ = static_cast<const A*>(param.data);
-      return;
+      if (std::none_of(data_, data_ + l.entries, [](A v) { return v != v; })) return;
     }
     owned_ = buffer<A>(l.entries);
     data_ = owned_.get();
@@ -217,7 +267,7 @@ class Expanded {
       const int64_t groups = l.affine.groups();
       for (int64_t i = 0; i < l.entries;)
         for (int64_t g = 0; g < groups; ++g)
-          for (int64_t n = 0; n < per_weight; ++n) owned_[i++] = A(to_double(from[g]));
+          for (int64_t n = 0; n < per_weight; ++n) owned_[i++] = canonical(A(to_double(from[g])));
     });
   }
   const A* data() const { return data_; }
@@ -231,35 +281,44 @@ class Expanded {
 template <class A>
 class Centers {
  public:
-  explicit Centers(int64_t n) : mean_(buffer<A>(n)), rstd_(buffer<A>(n)) {
-    if (sizeof(A) == 4) low_ = buffer<A>(n);
+  Centers(const Layout& l, int64_t n) : columns_(l.columns), n_(n), vectors_(buffer<A>(n * (columns_ ? 5 : 3))) {}
+  Center<A> at(int64_t i) const {
+    const A* v = vectors_.get() + i;
+    return {v, v + n_, v + 2 * n_, columns_ ? v + 3 * n_ : nullptr, columns_ ? v + 4 * n_ : nullptr};
   }
-  void set(int64_t i, double mean, double var, double eps) {
-    mean_[i] = A(mean);
-    if (sizeof(A) == 4) low_[i] = A(mean - double(mean_[i]));
-    rstd_[i] = A(1 / std::sqrt(var + eps));
+
+  // Sets the entries of a box, from `first` on: moments_of(k) is called once for each of its groups and returns a
+  // Spread of count 1, that is mean and variance. `weight` and `bias` are those of columns.
+  template <class MomentsOf>
+  void set(const Layout& l, const Box& x, double eps, int64_t first, const Elements<A>& e, MomentsOf moments_of) {
+    A *mean = vectors_.get() + first, *low = mean + n_, *rstd = low + n_;
+    const int64_t cols = columns_ ? l.stats.cols : 1, n = x.groups() * cols, all = l.entries_of(x);
+    for (int64_t k = 0; k < x.groups(); ++k) {
+      const Spread s = moments_of(k);
+      const A m = canonical(A(s.mean)), rest = A(s.mean - double(m)), r = canonical(A(1 / std::sqrt(s.m2 + eps)));
+      for (int64_t j = k * cols; j < (k + 1) * cols; ++j) {
+        mean[j] = m;
+        low[j] = rest;
+        rstd[j] = r;
+      }
+    }
+    if (!columns_) return;
+    for (int64_t j = n; j < all; ++j) {
+      mean[j] = mean[j - n];
+      low[j] = low[j - n];
+      rstd[j] = rstd[j - n];
+    }
+    A *scale = rstd + n_, *shift = scale + n_;
+    for (int64_t j = 0; j < all; ++j) {
+      scale[j] = l.by_line ? rstd[j] : rstd[j] * e.weight[j];
+      shift[j] = (l.by_line ? 0 : e.bias[j]) - low[j] * scale[j];
+    }
   }
-  void copy(int64_t i, int64_t from) {
-    mean_[i] = mean_[from];
-    if (sizeof(A) == 4) low_[i] = low_[from];
-    rstd_[i] = rstd_[from];
-  }
-  Center<A> at(int64_t i) const { return {mean_.get() + i, low_ ? low_.get() + i : nullptr, rstd_.get() + i}; }
 
  private:
-  Buffer<A> mean_, low_, rstd_;
+  bool columns_;
+  int64_t n_;
+  Buffer<A> vectors_;
 };
-
-// Sets the entries of a box, from `first` on: moments(k) is called once for each of its groups and returns a Spread
-// of count 1, that is mean and variance.
-template <class A, class MomentsOf>
-void set_centers(const Layout& l, const Box& x, double eps, int64_t first, Centers<A>& centers, MomentsOf moments_of) {
-  const int64_t cols = l.columns ? l.stats.cols : 1, n = x.groups() * cols, all = l.entries_of(x);
-  for (int64_t k = 0; k < x.groups(); ++k) {
-    const Spread s = moments_of(k);
-    for (int64_t c = 0; c < cols; ++c) centers.set(first + k * cols + c, s.mean, s.m2, eps);
-  }
-  for (int64_t j = n; j < all; ++j) centers.copy(first + j, first + j - n);
-}
 
 }  // namespace normkern::cpu

@@ -3,20 +3,13 @@
 // Everything here is internal but kTable: an inline function that two of these objects share could be linked from the
 // wrong one (cmake checks that none is left). So no standard library, and of core only plain data.
 //
-// Moments are sums of x - shift and (x - shift)^2 in float64, where shift is itself one of the n values. Then
-// (shift - mean)^2 <= n * var: taking n * (mean - shift)^2 off again magnifies the rounding of the sums by 1 + n at
-// most, and that only where the first value is the outlier. Callers keep n at a few thousand and merge the rest as
-// Spreads. Equal values leave both sums at exactly 0.
+// Loops come in three forms, by what follows the affine step (Tail): the common ones are then free of calls.
 #include "activate.h"
 #include "kernels.h"
+#include "sums.h"
 
 namespace normkern::cpu::NK_ISA {
 namespace {
-
-template <class T>
-constexpr bool kIsDouble = false;
-template <>
-constexpr bool kIsDouble<double> = true;
 
 // Walks a range of elements in step with the entries of their weights.
 struct Cursor {
@@ -46,12 +39,19 @@ struct Cursor {
     left = lookup.length;
     if (++run == lookup.runs) {
       run = 0;
-      if (++row == lookup.rows) {
-        row = 0;
-        base += lookup.by_element ? lookup.length : lookup.runs;
-      }
+      next_rows(1);
     }
     entry = base + run;
+  }
+
+  // To the same place of a later row of the slice, or of the next one's first.
+  NK_INLINE void next_rows(int64_t n) {
+    row += n;
+    if (row != lookup.rows) return;
+    row = 0;
+    const int64_t step = lookup.by_element ? lookup.length : lookup.runs;
+    base += step;
+    entry += step;
   }
 };
 
@@ -61,7 +61,7 @@ NK_INLINE void for_pieces(const Runs& r, const Lookup& lookup, Body body) {
   Cursor cursor(lookup);
   for (int64_t line = 0; line < r.lines; ++line) {
     for (int64_t run = 0; run < r.count; ++run) {
-      int64_t e = r.first + line * r.stride + run * r.length;
+      int64_t e = r.first + line * r.stride + run * r.pitch;
       const int64_t end = e + r.length;
       cursor.seek(e);
       while (e < end) {
@@ -74,290 +74,311 @@ NK_INLINE void for_pieces(const Runs& r, const Lookup& lookup, Body body) {
   }
 }
 
-// Calls step(i, pack length) over [0, n) in packs. The last pack may overlap the one before, so a step must only
-// depend on its elements; ranges shorter than a pack come as one partial pack.
-template <class Step>
-NK_INLINE void for_packs(int64_t n, Step step) {
-  if (n < kLanes) return step(0, n);
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+
+// Calls step(i, pack length, stream) over [0, n) in packs that are written to `to`. Packs may overlap, so a step must
+// only depend on its elements; ranges shorter than a pack come as one partial pack.
+template <class T, class Step>
+NK_INLINE void for_packs(const T* to, int64_t n, bool stream, Step step) {
+  if (n < kLanes) return step(0, n, No());
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) step(i, int64_t(kLanes));
-  if (i < n) step(n - kLanes, int64_t(kLanes));
-}
-
-template <class A, class T>
-NK_INLINE Pack<A> load_some(const T* p, int64_t n) {
-  return n == kLanes ? load<A>(p) : load<A>(p, n);
-}
-
-template <class T, class A>
-NK_INLINE void store_some(T* p, Pack<A> v, int64_t n) {
-  n == kLanes ? store(p, v) : store(p, v, n);
-}
-
-// Activations of everything but float64 are evaluated in float32.
-template <class T>
-struct Activation {
-  using Type = float;
-};
-template <>
-struct Activation<double> {
-  using Type = double;
-};
-template <class T>
-using ActivationType = typename Activation<T>::Type;
-
-template <class T, class A>
-NK_INLINE Pack<A> activated(Act act, Pack<A> z) {
-  using F = ActivationType<T>;
-  return convert<A>(activate(act, convert<F>(z)));
-}
-
-template <class T, class A>
-NK_INLINE Pack<A> slope_at(Act act, Pack<A> z) {
-  using F = ActivationType<T>;
-  return convert<A>(activate_slope(act, convert<F>(z)));
-}
-
-// ---- moments ----
-
-template <class T>
-void moments_runs(const void* data, const Runs& r, bool centered, ShiftedSums s) {
-  const T* x = static_cast<const T*>(data);
-  for (int64_t line = 0; line < r.lines; ++line) {
-    for (int64_t run = 0; run < r.count; ++run) {
-      const T* p = x + r.first + line * r.stride + run * r.length;
-      if (line == 0) {
-        s.shift[run] = centered ? value(p) : 0;
-        s.sum[run] = s.squares[run] = 0;
-      }
-      const double shift = s.shift[run];
-      const Doubles from = fill(shift);
-      // Two packs at a time, for two independent chains of additions.
-      Doubles sum0 = fill(0.0), sum1 = sum0, squares0 = sum0, squares1 = sum0;
-      int64_t i = 0;
-      for (; i + 2 * kLanes <= r.length; i += 2 * kLanes) {
-        const Doubles a = load<double>(p + i) - from, b = load<double>(p + i + kLanes) - from;
-        sum0 = sum0 + a;
-        squares0 = squares0 + a * a;
-        sum1 = sum1 + b;
-        squares1 = squares1 + b * b;
-      }
-      if (i + kLanes <= r.length) {
-        const Doubles a = load<double>(p + i) - from;
-        sum0 = sum0 + a;
-        squares0 = squares0 + a * a;
-        i += kLanes;
-      }
-      double sum = total(sum0 + sum1), squares = total(squares0 + squares1);
-      if (i < r.length) {
-        double rest[kLanes];
-        store(rest, load<double>(p + i, r.length - i) - from);
-        for (int64_t j = 0; j < r.length - i; ++j) {
-          sum += rest[j];
-          squares += rest[j] * rest[j];
-        }
-      }
-      s.sum[run] += sum;
-      s.squares[run] += squares;
+  const int64_t past = reinterpret_cast<uintptr_t>(to) % kStreamed<T>;
+  // Lines of memory that are written in part go out in part; so no short ranges, unless they are whole.
+  if (stream && (n >= 32 * kLanes || (past == 0 && n % kLanes == 0))) {
+    if (past) {
+      step(0, int64_t(kLanes), No());
+      i = (kStreamed<T> - past) / sizeof(T);
     }
+    for (; i + kLanes <= n; i += kLanes) step(i, int64_t(kLanes), Yes());
+  } else {
+    for (; i + kLanes <= n; i += kLanes) step(i, int64_t(kLanes), No());
   }
+  if (i < n) step(n - kLanes, int64_t(kLanes), No());
 }
 
-// Calls step(j, n, e, lines) for a strip of columns, where `lines` elements lie c.stride apart from e on, a few lines
-// at a time: what a step keeps per column is then loaded and stored once for all of them.
-template <int kStep, class Step>
-NK_INLINE void for_strips(const Columns& c, Step step) {
-  for (int64_t line = 0; line < c.lines; line += kStep) {
-    const int64_t lines = c.lines - line < kStep ? c.lines - line : kStep, e = c.first + line * c.stride;
-    for (int64_t j = 0; j < c.width; j += kLanes)
-      step(j, c.width - j < kLanes ? c.width - j : int64_t(kLanes), e + j, lines);
-  }
-  for (int64_t j = 0; j < c.tail; j += kLanes)
-    step(j, c.tail - j < kLanes ? c.tail - j : int64_t(kLanes), c.first + c.lines * c.stride + j, int64_t(1));
+template <class Stream, class T, class A>
+NK_INLINE void put(T* p, Pack<A> v, int64_t n, Stream) {
+  if constexpr (Stream::value)
+    stream(p, v);
+  else
+    store_some(p, v, n);
 }
 
-template <class T>
-void moments_columns(const void* data, const Columns& c, bool centered, int64_t cols, int64_t period, ShiftedSums s) {
-  const T* x = static_cast<const T*>(data);
-  for (int64_t j = 0, in_group = 0, group = 0; j < c.width; ++j) {
-    s.shift[j] = centered ? value(x + c.first + group) : 0;
-    s.sum[j] = s.squares[j] = 0;
-    if (++in_group == cols) {
-      in_group = 0;
-      group = group + cols == period ? 0 : group + cols;
-    }
-  }
-  for_strips<8>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
-    const Doubles shift = load_some<double>(s.shift + j, n);
-    Doubles sum = fill(0.0), squares = sum;
-    for (int64_t line = 0; line < lines; ++line) {
-      const Doubles d = load_some<double>(x + e + line * c.stride, n) - shift;
-      sum = sum + d;
-      squares = squares + d * d;
-    }
-    store_some(s.sum + j, load_some<double>(s.sum + j, n) + sum, n);
-    store_some(s.squares + j, load_some<double>(s.squares + j, n) + squares, n);
-  });
-}
+// ---- what follows the affine step ----
 
-// ---- what one element needs, for a pack of them ----
+enum class Tail { none, relu, any };
 
-// Mean and rstd of a pack: the same for all lanes, or of consecutive columns.
-template <class A>
-struct CenterPack {
-  Pack<A> mean, low, rstd;
-
-  static NK_INLINE CenterPack of(Center<A> c, int64_t entry) {
-    CenterPack r{fill(c.mean[entry]), fill(A(0)), fill(c.rstd[entry])};
-    if constexpr (!kIsDouble<A>) r.low = fill(c.low[entry]);
-    return r;
-  }
-  static NK_INLINE CenterPack columns(Center<A> c, int64_t j, int64_t n) {
-    CenterPack r{load_some<A>(c.mean + j, n), fill(A(0)), load_some<A>(c.rstd + j, n)};
-    if constexpr (!kIsDouble<A>) r.low = load_some<A>(c.low + j, n);
-    return r;
-  }
-  NK_INLINE Pack<A> xhat(Pack<A> x) const {
-    if constexpr (kIsDouble<A>) return (x - mean) * rstd;
-    return ((x - mean) - low) * rstd;
-  }
+// Calls loop(tail) with the Tail of the elements as a constant.
+template <Tail kTail>
+struct TailOf {
+  static constexpr Tail value = kTail;
 };
 
-template <class T, class A>
-NK_INLINE void map_pack(const Elements<A>& a, int64_t e, int64_t n, const CenterPack<A>& c, Pack<A> weight,
-                        Pack<A> bias) {
-  Pack<A> z = c.xhat(load_some<A>(static_cast<const T*>(a.x) + e, n)) * weight + bias;
+template <class A, class Loop>
+NK_INLINE void with_tail(const Elements<A>& a, Loop loop) {
+  if constexpr (sizeof(A) == 4) {
+    if (a.act == Act::none && !a.residual && !a.dresidual) return loop(TailOf<Tail::none>());
+    if (a.act == Act::relu) return loop(TailOf<Tail::relu>());
+  }
+  loop(TailOf<Tail::any>());
+}
+
+template <Tail kTail, class T, class A>
+NK_INLINE Pack<A> finish(const Elements<A>& a, int64_t e, int64_t n, Pack<A> z) {
+  if constexpr (kTail == Tail::none) return z;
   if (a.residual) z = z + load_some<A>(static_cast<const T*>(a.residual) + e, n);
-  if (a.act != Act::none) z = activated<T>(a.act, z);
-  store_some(static_cast<T*>(a.y) + e, z, n);
+  if constexpr (kTail == Tail::relu) return where_less(z, fill(A(0)), fill(A(0)), z);
+  return a.act == Act::none ? z : activate(a.act, z);
 }
 
-// dz: the gradient of what enters the activation.
-template <class T, class A>
-NK_INLINE Pack<A> dz_pack(const Elements<A>& a, int64_t e, int64_t n, Pack<A> xhat, Pack<A> weight, const A* bias) {
-  Pack<A> dz = load_some<A>(static_cast<const T*>(a.dy) + e, n);
-  if (a.act == Act::none) return dz;
-  Pack<A> z = xhat * weight + load_some<A>(bias, n);
+// dz: the gradient of what enters the activation; z is made only where it is needed.
+template <Tail kTail, class T, class A, class Z>
+NK_INLINE Pack<A> dz_of(const Elements<A>& a, int64_t e, int64_t n, Pack<A> dy, Z make_z) {
+  if constexpr (kTail == Tail::none) return dy;
+  if (kTail == Tail::any && a.act == Act::none) return dy;
+  Pack<A> z = make_z();
   if (a.residual) z = z + load_some<A>(static_cast<const T*>(a.residual) + e, n);
-  return dz * slope_at<T>(a.act, z);
+  if constexpr (kTail == Tail::relu) return where_at_most(z, fill(A(0)), fill(A(0)), dy);
+  return dy * activate_slope(a.act, z);
 }
 
 // Every function copies its Elements: the compiler then knows that no store changes them.
+
+template <class A>
+struct Normalize {
+  Pack<A> mean, rstd, offset;  // xhat = (x - mean)*rstd + offset
+
+  static NK_INLINE Normalize of(Center<A> c, int64_t run) {
+    return {fill(c.mean[run]), fill(c.rstd[run]), fill(-c.low[run] * c.rstd[run])};
+  }
+  NK_INLINE Pack<A> operator()(Pack<A> x) const { return fma(x - mean, rstd, offset); }
+};
 
 // ---- forward ----
 
 template <class T, class A>
 void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center) {
   const Elements<A> a = elements;
-  for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
-    const auto c = CenterPack<A>::of(center, run);
-    if (lookup.by_element) {
-      const A *weight = a.weight + entry, *bias = a.bias + entry;
-      for_packs(n, [&](int64_t i, int64_t m) NK_INLINED {
-        map_pack<T>(a, e + i, m, c, load_some<A>(weight + i, m), load_some<A>(bias + i, m));
-      });
-    } else {
-      const Pack<A> weight = fill(a.weight[entry]), bias = fill(a.bias[entry]);
-      for_packs(n, [&](int64_t i, int64_t m) NK_INLINED { map_pack<T>(a, e + i, m, c, weight, bias); });
-    }
+  with_tail(a, [&](auto tail) NK_INLINED {
+    constexpr Tail kTail = decltype(tail)::value;
+    for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
+      const T* x = static_cast<const T*>(a.x) + e;
+      T* y = static_cast<T*>(a.y) + e;
+      if (lookup.by_element) {
+        const auto xhat = Normalize<A>::of(center, run);
+        const A *weight = a.weight + entry, *bias = a.bias + entry;
+        for_packs(y, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          const Pack<A> z = fma(xhat(load_some<A>(x + i, m)), load_some<A>(weight + i, m), load_some<A>(bias + i, m));
+          put(y + i, finish<kTail, T>(a, e + i, m, z), m, stream);
+        });
+      } else {
+        const A factor = center.rstd[run] * a.weight[entry];
+        const Pack<A> mean = fill(center.mean[run]), scale = fill(factor),
+                      shift = fill(a.bias[entry] - center.low[run] * factor);
+        for_packs(y, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          const Pack<A> z = fma(load_some<A>(x + i, m) - mean, scale, shift);
+          put(y + i, finish<kTail, T>(a, e + i, m, z), m, stream);
+        });
+      }
+    });
   });
+  if (a.stream) end_stream();
+}
+
+// Calls loop(e, width) for the lines.
+template <class Loop>
+NK_INLINE void for_lines(const Columns& c, Loop loop) {
+  for (int64_t line = 0; line < c.lines; ++line) loop(line, c.first + line * c.stride, c.width);
+  if (c.tail) loop(c.lines, c.first + c.lines * c.stride, c.tail);
 }
 
 template <class T, class A>
 void map_columns(const Elements<A>& elements, const Columns& c, Center<A> center) {
   const Elements<A> a = elements;
-  for (int64_t line = 0; line <= c.lines; ++line) {
-    const int64_t e = c.first + line * c.stride;
-    if (a.by_line) {
-      if (line == c.lines) return;  // such lines have no tail
-      const Pack<A> weight = fill(a.weight[line]), bias = fill(a.bias[line]);
-      for_packs(c.width, [&](int64_t j, int64_t n) NK_INLINED {
-        map_pack<T>(a, e + j, n, CenterPack<A>::columns(center, j, n), weight, bias);
-      });
-      continue;
-    }
-    for_packs(line < c.lines ? c.width : c.tail, [&](int64_t j, int64_t n) NK_INLINED {
-      map_pack<T>(a, e + j, n, CenterPack<A>::columns(center, j, n), load_some<A>(a.weight + j, n),
-                  load_some<A>(a.bias + j, n));
+  with_tail(a, [&](auto tail) NK_INLINED {
+    constexpr Tail kTail = decltype(tail)::value;
+    for_lines(c, [&](int64_t line, int64_t e, int64_t width) NK_INLINED {
+      const T* x = static_cast<const T*>(a.x) + e;
+      T* y = static_cast<T*>(a.y) + e;
+      const auto z = [&](int64_t j, int64_t n) NK_INLINED {
+        return fma(load_some<A>(x + j, n) - load_some<A>(center.mean + j, n), load_some<A>(center.scale + j, n),
+                   load_some<A>(center.shift + j, n));
+      };
+      if (a.by_line) {
+        const Pack<A> weight = fill(a.weight[line]), bias = fill(a.bias[line]);
+        for_packs(y, width, a.stream, [&](int64_t j, int64_t n, auto stream) NK_INLINED {
+          put(y + j, finish<kTail, T>(a, e + j, n, fma(z(j, n), weight, bias)), n, stream);
+        });
+      } else {
+        for_packs(y, width, a.stream, [&](int64_t j, int64_t n, auto stream) NK_INLINED {
+          put(y + j, finish<kTail, T>(a, e + j, n, z(j, n)), n, stream);
+        });
+      }
     });
-  }
+  });
+  if (a.stream) end_stream();
 }
 
-// ---- backward ----
+// ---- backward: sums ----
+
+// Pieces with one weight: sums of dz and dz*xhat.
+template <Tail kTail, class T, class A>
+NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int64_t n, int64_t run, int64_t entry,
+                         double& all, double& all_xhat) {
+  const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+  const A factor = center.rstd[run] * a.weight[entry];
+  const Pack<A> mean = fill(center.mean[run]), rstd = fill(center.rstd[run]), scale = fill(factor),
+                shift = fill(a.bias[entry] - center.low[run] * factor);
+  const auto use = [&](Pack<A> xs, Pack<A> dz, Pack<A>* to) NK_INLINED {
+    to[0] = to[0] + dz;
+    to[1] = fma(dz, (xs - mean) * rstd, to[1]);
+  };
+  Doubles sum = fill(0.0), sum_xhat = sum;
+  for (int64_t start = 0; start < n; start += kBlock<A>) {
+    const T *from = x + start, *dfrom = dy + start;
+    Pack<A> sums[2] = {fill(A(0)), fill(A(0))};
+    add_block<A, 2>(
+        n - start < kBlock<A> ? n - start : kBlock<A>, sums,
+        [&](int64_t i, Pack<A>* to) NK_INLINED {
+          const Pack<A> xs = load<A>(from + i);
+          use(xs,
+              dz_of<kTail, T>(a, e + start + i, kLanes, load<A>(dfrom + i),
+                              [&]() NK_INLINED { return fma(xs - mean, scale, shift); }),
+              to);
+        },
+        [&](int64_t m, int64_t left, Pack<A>* to) NK_INLINED {
+          const Pack<A> xs = load<A>(from + m - left, left);
+          use(xs,
+              dz_of<kTail, T>(a, e + start + m - left, left, load<A>(dfrom + m - left, left),
+                              [&]() NK_INLINED { return fma(xs - mean, scale, shift); }),
+              to);
+        });
+    sum = sum + convert<double>(sums[0]);
+    sum_xhat = sum_xhat + convert<double>(sums[1]);
+  }
+  all = total(sum);
+  all_xhat = total(sum_xhat) - double(center.low[run]) * double(center.rstd[run]) * all;
+}
+
+// kRows runs that lie `pitch` apart and have the same weights, element by element.
+template <int kRows, Tail kTail, class T, class A>
+NK_INLINE void sum_rows(const Elements<A>& a, Center<A> center, int64_t e, int64_t pitch, int64_t n, int64_t run,
+                        int64_t entry, const BackwardSums& s) {
+  const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+  const A *weight = a.weight + entry, *bias = a.bias + entry;
+  double* dbias = s.dweight ? s.dbias + (entry - s.origin) : nullptr;
+  double* dweight = s.dweight ? s.dweight + (entry - s.origin) : nullptr;
+  Normalize<A> normalize[kRows];
+  for (int k = 0; k < kRows; ++k) normalize[k] = Normalize<A>::of(center, run + k);
+  double all[kRows] = {}, all_xhat[kRows] = {};
+  for (int64_t start = 0; start < n; start += 2 * kTerms * kLanes) {
+    const int64_t end = n - start < 2 * kTerms * kLanes ? n : start + 2 * kTerms * kLanes;
+    Pack<A> g[kRows], g_xhat[kRows];
+    for (int k = 0; k < kRows; ++k) g[k] = g_xhat[k] = fill(A(0));
+    const auto step = [&](int64_t i, int64_t m) NK_INLINED {
+      const Pack<A> w = load_some<A>(weight + i, m);
+      Pack<A> sum = fill(A(0)), sum_xhat = sum;
+#pragma GCC unroll 4
+      for (int k = 0; k < kRows; ++k) {
+        // Rows of a page or less come too fast for the hardware to look ahead.
+        if (kRows > 1) __builtin_prefetch(x + (k + kRows) * pitch + i);
+        if (kRows > 1) __builtin_prefetch(dy + (k + kRows) * pitch + i);
+        const Pack<A> xhat = normalize[k](load_some<A>(x + k * pitch + i, m));
+        const Pack<A> dz = dz_of<kTail, T>(a, e + k * pitch + i, m, load_some<A>(dy + k * pitch + i, m),
+                                           [&]() NK_INLINED { return fma(xhat, w, load_some<A>(bias + i, m)); });
+        const Pack<A> scaled = dz * w;
+        sum = sum + dz;
+        sum_xhat = fma(dz, xhat, sum_xhat);
+        g[k] = g[k] + scaled;
+        g_xhat[k] = fma(scaled, xhat, g_xhat[k]);
+      }
+      if (!dweight) return;
+      store_some(dbias + i, load_some<double>(dbias + i, m) + convert<double>(sum), m);
+      store_some(dweight + i, load_some<double>(dweight + i, m) + convert<double>(sum_xhat), m);
+    };
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes) step(i, int64_t(kLanes));
+    if (i < end) step(i, end - i);
+    for (int k = 0; k < kRows; ++k) {
+      all[k] += total(convert<double>(g[k]));
+      all_xhat[k] += total(convert<double>(g_xhat[k]));
+    }
+  }
+  for (int k = 0; k < kRows && s.g; ++k) {
+    s.g[run + k] += all[k];
+    s.g_xhat[run + k] += all_xhat[k];
+  }
+}
 
 template <class T, class A>
 void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center, BackwardSums s) {
   const Elements<A> a = elements;
-  for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
-    const auto c = CenterPack<A>::of(center, run);
-    const T* x = static_cast<const T*>(a.x) + e;
-    Doubles sum = fill(0.0), sum_xhat = sum;
-    if (lookup.by_element) {
-      const A *weight = a.weight + entry, *bias = a.bias + entry;
-      double* dbias = s.dweight ? s.dbias + (entry - s.origin) : nullptr;
-      double* dweight = s.dweight ? s.dweight + (entry - s.origin) : nullptr;
-      const auto step = [&](int64_t i, int64_t m) NK_INLINED {
-        const Pack<A> xhat = c.xhat(load_some<A>(x + i, m)), w = load_some<A>(weight + i, m);
-        const Pack<A> dz = dz_pack<T>(a, e + i, m, xhat, w, bias + i), g = dz * w;
-        if (s.dweight) {
-          const Doubles wide = convert<double>(dz);
-          store_some(dbias + i, load_some<double>(dbias + i, m) + wide, m);
-          store_some(dweight + i, load_some<double>(dweight + i, m) + wide * convert<double>(xhat), m);
+  with_tail(a, [&](auto tail) NK_INLINED {
+    constexpr Tail kTail = decltype(tail)::value;
+    if (!lookup.by_element) {
+      return for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
+        double all, all_xhat;
+        sum_piece<kTail, T>(a, center, e, n, run, entry, all, all_xhat);
+        const double w = a.weight[entry];
+        if (s.g) {
+          s.g[run] += w * all;
+          s.g_xhat[run] += w * all_xhat;
         }
-        const Doubles wide = convert<double>(g);
-        sum = sum + wide;
-        sum_xhat = sum_xhat + wide * convert<double>(xhat);
-      };
-      int64_t i = 0;
-      for (; i + kLanes <= n; i += kLanes) step(i, int64_t(kLanes));
-      if (i < n) step(i, n - i);
-      if (s.g) {
-        s.g[run] += total(sum);
-        s.g_xhat[run] += total(sum_xhat);
-      }
-    } else {
-      const Pack<A> weight = fill(a.weight[entry]);
-      A bias[kLanes];
-      store(bias, fill(a.bias[entry]));
-      const auto step = [&](int64_t i, int64_t m) NK_INLINED {
-        const Pack<A> xhat = c.xhat(load_some<A>(x + i, m));
-        const Doubles dz = convert<double>(dz_pack<T>(a, e + i, m, xhat, weight, bias));
-        sum = sum + dz;
-        sum_xhat = sum_xhat + dz * convert<double>(xhat);
-      };
-      int64_t i = 0;
-      for (; i + kLanes <= n; i += kLanes) step(i, int64_t(kLanes));
-      if (i < n) step(i, n - i);
-      const double all = total(sum), all_xhat = total(sum_xhat), w = a.weight[entry];
-      if (s.g) {
-        s.g[run] += w * all;
-        s.g_xhat[run] += w * all_xhat;
-      }
-      if (s.dweight) {
-        s.dbias[entry - s.origin] += all;
-        s.dweight[entry - s.origin] += all_xhat;
+        if (s.dweight) {
+          s.dbias[entry - s.origin] += all;
+          s.dweight[entry - s.origin] += all_xhat;
+        }
+      });
+    }
+    constexpr int kRows = 2;
+    Cursor cursor(lookup);
+    for (int64_t line = 0; line < r.lines; ++line) {
+      for (int64_t run = 0; run < r.count;) {
+        int64_t e = r.first + line * r.stride + run * r.pitch;
+        cursor.seek(e);
+        if (run + kRows <= r.count && r.pitch == lookup.length && cursor.left >= r.length &&
+            cursor.row + kRows <= lookup.rows) {
+          sum_rows<kRows, kTail, T>(a, center, e, r.pitch, r.length, run, cursor.entry, s);
+          cursor.next_rows(kRows);
+          cursor.at += kRows * r.pitch;
+          run += kRows;
+          continue;
+        }
+        for (const int64_t end = e + r.length; e < end;) {
+          const int64_t n = cursor.left < end - e ? cursor.left : end - e;
+          sum_rows<1, kTail, T>(a, center, e, 0, n, run, cursor.entry, s);
+          cursor.advance(n);
+          e += n;
+        }
+        ++run;
       }
     }
   });
 }
 
+// Weights by line: xhat is (x - mean)*scale + shift.
 template <class T, class A>
 void sums_lines(const Elements<A>& elements, const Columns& c, Center<A> center, BackwardSums s) {
   const Elements<A> a = elements;
   for (int64_t line = 0; line < c.lines; ++line) {
-    const Pack<A> weight = fill(a.weight[line]);
-    A bias[kLanes];
-    store(bias, fill(a.bias[line]));
+    const Pack<A> weight = fill(a.weight[line]), bias = fill(a.bias[line]);
     Doubles all = fill(0.0), all_xhat = all;
     for (int64_t j = 0; j < c.width; j += kLanes) {
       const int64_t n = c.width - j < kLanes ? c.width - j : int64_t(kLanes), e = c.first + line * c.stride + j;
-      const Pack<A> xhat = CenterPack<A>::columns(center, j, n).xhat(load_some<A>(static_cast<const T*>(a.x) + e, n));
-      const Pack<A> dz = dz_pack<T>(a, e, n, xhat, weight, bias);
+      const Pack<A> xhat = fma(load_some<A>(static_cast<const T*>(a.x) + e, n) - load_some<A>(center.mean + j, n),
+                               load_some<A>(center.scale + j, n), load_some<A>(center.shift + j, n));
+      const Pack<A> dz = dz_of<Tail::any, T>(a, e, n, load_some<A>(static_cast<const T*>(a.dy) + e, n),
+                                             [&]() NK_INLINED { return fma(xhat, weight, bias); });
       const Doubles wide = convert<double>(dz), wide_xhat = convert<double>(xhat), g = convert<double>(dz * weight);
       all = all + wide;
-      all_xhat = all_xhat + wide * wide_xhat;
+      all_xhat = fma(wide, wide_xhat, all_xhat);
       store_some(s.g + j, load_some<double>(s.g + j, n) + g, n);
-      store_some(s.g_xhat + j, load_some<double>(s.g_xhat + j, n) + g * wide_xhat, n);
+      store_some(s.g_xhat + j, fma(g, wide_xhat, load_some<double>(s.g_xhat + j, n)), n);
     }
     if (s.dweight) {
       s.dbias[line] += total(all);
@@ -370,82 +391,111 @@ template <class T, class A>
 void sums_columns(const Elements<A>& elements, const Columns& c, Center<A> center, BackwardSums s) {
   if (elements.by_line) return sums_lines<T>(elements, c, center, s);
   const Elements<A> a = elements;
-  for_strips<4>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
-    const auto pack = CenterPack<A>::columns(center, j, n);
-    const Pack<A> weight = load_some<A>(a.weight + j, n);
-    Doubles sum = fill(0.0), sum_xhat = sum;
-    for (int64_t line = 0; line < lines; ++line) {
-      const int64_t at = e + line * c.stride;
-      const Pack<A> xhat = pack.xhat(load_some<A>(static_cast<const T*>(a.x) + at, n));
-      const Doubles dz = convert<double>(dz_pack<T>(a, at, n, xhat, weight, a.bias + j));
-      sum = sum + dz;
-      sum_xhat = sum_xhat + dz * convert<double>(xhat);
-    }
-    store_some(s.g + j, load_some<double>(s.g + j, n) + sum, n);
-    store_some(s.g_xhat + j, load_some<double>(s.g_xhat + j, n) + sum_xhat, n);
-  });
-}
-
-template <class T, class A>
-NK_INLINE void slope_pack(const Elements<A>& a, int64_t e, int64_t n, const CenterPack<A>& c, Pack<A> weight,
-                          const A* bias, Pack<A> mean_g, Pack<A> mean_g_xhat) {
-  const Pack<A> xhat = c.xhat(load_some<A>(static_cast<const T*>(a.x) + e, n));
-  const Pack<A> dz = dz_pack<T>(a, e, n, xhat, weight, bias);
-  if (a.dresidual) store_some(static_cast<T*>(a.dresidual) + e, dz, n);
-  if (a.dx) store_some(static_cast<T*>(a.dx) + e, ((dz * weight - mean_g) - xhat * mean_g_xhat) * c.rstd, n);
-}
-
-template <class T, class A>
-void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center, Slope<A> slope) {
-  const Elements<A> a = elements;
-  for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
-    const auto c = CenterPack<A>::of(center, run);
-    const Pack<A> mean_g = fill(slope.mean_g[run]), mean_g_xhat = fill(slope.mean_g_xhat[run]);
-    if (lookup.by_element) {
-      const A *weight = a.weight + entry, *bias = a.bias + entry;
-      for_packs(n, [&](int64_t i, int64_t m) NK_INLINED {
-        slope_pack<T>(a, e + i, m, c, load_some<A>(weight + i, m), bias + i, mean_g, mean_g_xhat);
-      });
-    } else {
-      const Pack<A> weight = fill(a.weight[entry]);
-      A bias[kLanes];
-      store(bias, fill(a.bias[entry]));
-      for_packs(n, [&](int64_t i, int64_t m)
-                       NK_INLINED { slope_pack<T>(a, e + i, m, c, weight, bias, mean_g, mean_g_xhat); });
-    }
-  });
-}
-
-template <class T, class A>
-void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> center, Slope<A> slope) {
-  const Elements<A> a = elements;
-  for (int64_t line = 0; line <= c.lines; ++line) {
-    const int64_t e = c.first + line * c.stride;
-    if (a.by_line) {
-      if (line == c.lines) return;
-      const Pack<A> weight = fill(a.weight[line]);
-      A bias[kLanes];
-      store(bias, fill(a.bias[line]));
-      for_packs(c.width, [&](int64_t j, int64_t n) NK_INLINED {
-        slope_pack<T>(a, e + j, n, CenterPack<A>::columns(center, j, n), weight, bias,
-                      load_some<A>(slope.mean_g + j, n), load_some<A>(slope.mean_g_xhat + j, n));
-      });
-      continue;
-    }
-    for_packs(line < c.lines ? c.width : c.tail, [&](int64_t j, int64_t n) NK_INLINED {
-      slope_pack<T>(a, e + j, n, CenterPack<A>::columns(center, j, n), load_some<A>(a.weight + j, n), a.bias + j,
-                    load_some<A>(slope.mean_g + j, n), load_some<A>(slope.mean_g_xhat + j, n));
+  with_tail(a, [&](auto tail) NK_INLINED {
+    constexpr Tail kTail = decltype(tail)::value;
+    constexpr int kStep = 8;
+    for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
+      const Pack<A> mean = load_some<A>(center.mean + j, n), rstd = load_some<A>(center.rstd + j, n);
+      Pack<A> sum = fill(A(0)), sum_xhat = sum;
+      const auto step = [&](int64_t line) NK_INLINED {
+        const int64_t at = e + line * c.stride;
+        const Pack<A> d = load_some<A>(static_cast<const T*>(a.x) + at, n) - mean;
+        const Pack<A> dz = dz_of<kTail, T>(
+            a, at, n, load_some<A>(static_cast<const T*>(a.dy) + at, n),
+            [&]() NK_INLINED { return fma(d, load_some<A>(center.scale + j, n), load_some<A>(center.shift + j, n)); });
+        sum = sum + dz;
+        sum_xhat = fma(dz, d * rstd, sum_xhat);
+      };
+      if (lines == kStep) {
+#pragma GCC unroll 8
+        for (int64_t line = 0; line < kStep; ++line) step(line);
+      } else {
+        for (int64_t line = 0; line < lines; ++line) step(line);
+      }
+      store_some(s.g + j, load_some<double>(s.g + j, n) + convert<double>(sum), n);
+      store_some(s.g_xhat + j, load_some<double>(s.g_xhat + j, n) + convert<double>(sum_xhat), n);
     });
-  }
+  });
+}
+
+// ---- backward: dx ----
+
+template <class T, class A>
+void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center, Slope<A> slopes) {
+  const Elements<A> a = elements;
+  with_tail(a, [&](auto tail) NK_INLINED {
+    constexpr Tail kTail = decltype(tail)::value;
+    for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
+      const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+      T *dx = static_cast<T*>(a.dx) + e, *dresidual = static_cast<T*>(a.dresidual) + e;
+      const Pack<A> mean = fill(center.mean[run]), rstd = fill(center.rstd[run]), slope = fill(slopes.slope[run]),
+                    offset = fill(slopes.offset[run]);
+      const auto write = [&](int64_t i, int64_t m, Pack<A> d, Pack<A> dz, Pack<A> scale, auto stream) NK_INLINED {
+        if (kTail != Tail::none && a.dresidual) put(dresidual + i, dz, m, stream);
+        if (kTail == Tail::none || a.dx) put(dx + i, fma(d * rstd, slope, fma(dz, scale, offset)), m, stream);
+      };
+      // Where dx is not wanted, dresidual is; their buffers are aligned alike.
+      const T* to = a.dx ? dx : dresidual;
+      if (lookup.by_element) {
+        const auto xhat = Normalize<A>::of(center, run);
+        const A *weight = a.weight + entry, *bias = a.bias + entry;
+        for_packs(to, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          const Pack<A> xs = load_some<A>(x + i, m), w = load_some<A>(weight + i, m);
+          const Pack<A> dz = dz_of<kTail, T>(a, e + i, m, load_some<A>(dy + i, m),
+                                             [&]() NK_INLINED { return fma(xhat(xs), w, load_some<A>(bias + i, m)); });
+          write(i, m, xs - mean, dz, w * rstd, stream);
+        });
+      } else {
+        const A factor = center.rstd[run] * a.weight[entry];
+        const Pack<A> scale = fill(factor), shift = fill(a.bias[entry] - center.low[run] * factor);
+        for_packs(to, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          const Pack<A> d = load_some<A>(x + i, m) - mean;
+          const Pack<A> dz =
+              dz_of<kTail, T>(a, e + i, m, load_some<A>(dy + i, m), [&]() NK_INLINED { return fma(d, scale, shift); });
+          write(i, m, d, dz, scale, stream);
+        });
+      }
+    });
+  });
+  if (a.stream) end_stream();
 }
 
 template <class T, class A>
-constexpr Kernels<A> kKernels = {moments_runs<T>, moments_columns<T>, map_runs<T, A>,   map_columns<T, A>,
-                                 sums_runs<T, A>, sums_columns<T, A>, slope_runs<T, A>, slope_columns<T, A>};
+void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> center, Slope<A> slopes) {
+  const Elements<A> a = elements;
+  with_tail(a, [&](auto tail) NK_INLINED {
+    constexpr Tail kTail = decltype(tail)::value;
+    for_lines(c, [&](int64_t line, int64_t e, int64_t width) NK_INLINED {
+      const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+      T *dx = static_cast<T*>(a.dx) + e, *dresidual = static_cast<T*>(a.dresidual) + e;
+      const Pack<A> weight = fill(a.by_line ? a.weight[line] : A(1)), bias = fill(a.by_line ? a.bias[line] : A(0));
+      for_packs(a.dx ? dx : dresidual, width, a.stream, [&](int64_t j, int64_t n, auto stream) NK_INLINED {
+        const Pack<A> d = load_some<A>(x + j, n) - load_some<A>(center.mean + j, n),
+                      scale = load_some<A>(center.scale + j, n);
+        Pack<A> dz = dz_of<kTail, T>(a, e + j, n, load_some<A>(dy + j, n), [&]() NK_INLINED {
+          const Pack<A> z = fma(d, scale, load_some<A>(center.shift + j, n));
+          return a.by_line ? fma(z, weight, bias) : z;
+        });
+        if (kTail != Tail::none && a.dresidual) put(dresidual + j, dz, n, stream);
+        if (kTail != Tail::none && !a.dx) return;
+        if (a.by_line) dz = dz * weight;
+        const Pack<A> t = d * load_some<A>(center.rstd + j, n), offset = load_some<A>(slopes.offset + j, n);
+        put(dx + j, fma(t, load_some<A>(slopes.slope + j, n), fma(dz, scale, offset)), n, stream);
+      });
+    });
+  });
+  if (a.stream) end_stream();
+}
+
+template <class T, class A>
+constexpr Kernels<A> kKernels = {
+    moments_runs<T, A>, moments_runs<T, double>, moments_columns<T, A>, moments_columns<T, double>,
+    map_runs<T, A>,     map_columns<T, A>,       sums_runs<T, A>,       sums_columns<T, A>,
+    slope_runs<T, A>,   slope_columns<T, A>};
 
 }  // namespace
 
-extern const KernelTable kTable = {kKernels<double, double>, kKernels<float, double>, kKernels<f16, float>,
+extern const KernelTable kTable = {kKernels<double, double>, kKernels<float, float>, kKernels<f16, float>,
                                    kKernels<bf16, float>};
 
 }  // namespace normkern::cpu::NK_ISA

@@ -1,0 +1,198 @@
+// sums.h: moments of runs and of columns. Included by norm.cpp alone.
+//
+// What is summed is x - shift and its square, where shift is an average of a few of the values: with a large mean the
+// difference is exact, and squares stay small. A sum is at most kTerms additions in S (float32 but for float64 data),
+// four chains of them are added as a tree, and the rest is float64. The caller checks that shift was near enough to the
+// mean, and that nothing overflowed, and asks for the exact form (S = float64) where it was not.
+// Equal values leave both sums at exactly 0.
+#pragma once
+
+#include "kernels.h"
+#include "lanes.h"
+
+namespace normkern::cpu::NK_ISA {
+namespace {
+
+using Floats = Pack<float>;
+using Doubles = Pack<double>;
+
+constexpr int kTerms = 16;
+
+// Chains of additions that hide their latency, within 16 registers.
+template <class S>
+constexpr int kChains = sizeof(S) == 4 ? 4 : 2;
+template <class S>
+constexpr int64_t kBlock = kTerms * kChains<S> * kLanes;  // elements of one block of sums
+
+// Sums over n <= kBlock elements: step(i, to) adds the pack at i to the kSums packs `to`, and last(n, left, to) the
+// last `left` of the n elements, where they are no whole pack.
+template <class S, int kSums, class Step, class Last>
+NK_INLINE void add_block(int64_t n, Pack<S> (&sums)[kSums], Step step, Last last) {
+  Pack<S> chain[kChains<S>][kSums];
+  for (int u = 0; u < kChains<S>; ++u)
+    for (int k = 0; k < kSums; ++k) chain[u][k] = fill(S(0));
+  int64_t i = 0;
+  for (; i + kChains<S> * kLanes <= n; i += kChains<S> * kLanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kChains<S>; ++u) step(i + u * kLanes, chain[u]);
+  }
+  for (; i + kLanes <= n; i += kLanes) step(i, chain[0]);
+  if (i < n) last(n, n - i, chain[1]);
+  for (int k = 0; k < kSums; ++k) {
+    Pack<S> all = chain[0][k] + chain[1][k];
+    if constexpr (kChains<S> == 4) all = all + (chain[2][k] + chain[3][k]);
+    sums[k] = sums[k] + all;
+  }
+}
+
+// The last `left` of n elements in the last lanes; the lanes before them hold other elements or zeros.
+template <class A, class T>
+NK_INLINE Pack<A> load_last(const T* p, int64_t n, int64_t left) {
+  if (n >= kLanes) return load<A>(p + n - kLanes);
+  T buffer[kLanes] = {};
+  copy_some(buffer + kLanes - left, p + n - left, left);
+  return load<A>(static_cast<const T*>(buffer));
+}
+
+template <class T, class S, bool kCentered>
+NK_INLINE void add_moments(const T* p, int64_t n, Pack<S> shift, Pack<S> (&sums)[2]) {
+  const auto use = [&](Pack<S> d, Pack<S>* to) NK_INLINED {
+    if (kCentered) to[0] = to[0] + d;
+    to[1] = fma(d, d, to[1]);
+  };
+  const auto centered = [&](Pack<S> v) NK_INLINED { return kCentered ? v - shift : v; };
+  add_block<S, 2>(
+      n, sums, [&](int64_t i, Pack<S>* to) NK_INLINED { use(centered(load<S>(p + i)), to); },
+      [&](int64_t all, int64_t left, Pack<S>* to)
+          NK_INLINED { use(last_lanes(centered(load_last<S>(p, all, left)), left), to); });
+}
+
+// An average of a few values all over the run: exact where they are equal.
+template <class T, class S>
+NK_INLINE S pick_shift(const T* p, int64_t n) {
+  if (n < kLanes) return S(value(p));
+  if (n < 32 * kLanes) return total(load<S>(p)) / kLanes;
+  const int64_t quarter = n / 4;
+  const Pack<S> ends = load<S>(p) + load<S>(p + n - kLanes), inner = load<S>(p + quarter) + load<S>(p + 2 * quarter);
+  return total(ends + inner) / (4 * kLanes);
+}
+
+template <class T, class S, bool kCentered>
+void moments_of_runs(const T* x, const Runs& r, bool pick, ShiftedSums<S> s) {
+  // Short runs of several lines share a block; each adds its packs to one chain.
+  const int64_t packs = (r.length + kLanes - 1) / kLanes, together = packs < 2 * kTerms ? 2 * kTerms / packs : 1;
+  for (int64_t run = 0; run < r.count; ++run) {
+    if (pick) s.shift[run] = kCentered ? pick_shift<T, S>(x + r.first + run * r.pitch, r.length) : S(0);
+    s.sum[run] = s.squares[run] = 0;
+  }
+  for (int64_t line = 0; line < r.lines; line += together) {
+    const int64_t lines = r.lines - line < together ? r.lines - line : together;
+    for (int64_t l = 0; l < lines; ++l) {
+      for (int64_t run = 0; run < r.count; ++run) {
+        const T* p = x + r.first + (line + l) * r.stride + run * r.pitch;
+        const Pack<S> shift = fill(s.shift[run]);
+        S* lanes = s.lanes + run * (2 * kMaxLanes);
+        Pack<S> sums[2] = {fill(S(0)), fill(S(0))};
+        if (l > 0) sums[0] = load<S>(lanes), sums[1] = load<S>(lanes + kLanes);
+        if (r.length <= kBlock<S>) {
+          add_moments<T, S, kCentered>(p, r.length, shift, sums);
+          if (l + 1 < lines) {
+            store(lanes, sums[0]);
+            store(lanes + kLanes, sums[1]);
+            continue;
+          }
+          if (kCentered) s.sum[run] += total(convert<double>(sums[0]));
+          s.squares[run] += total(convert<double>(sums[1]));
+        } else {
+          Doubles sum = fill(0.0), squares = sum;
+          for (int64_t i = 0; i < r.length; i += kBlock<S>) {
+            sums[0] = sums[1] = fill(S(0));
+            add_moments<T, S, kCentered>(p + i, r.length - i < kBlock<S> ? r.length - i : kBlock<S>, shift, sums);
+            sum = sum + convert<double>(sums[0]);
+            squares = squares + convert<double>(sums[1]);
+          }
+          s.sum[run] += total(sum);
+          s.squares[run] += total(squares);
+        }
+      }
+    }
+  }
+}
+
+template <class T, class S>
+void moments_runs(const void* data, const Runs& r, bool centered, bool pick, ShiftedSums<S> s) {
+  const T* x = static_cast<const T*>(data);
+  centered ? moments_of_runs<T, S, true>(x, r, pick, s) : moments_of_runs<T, S, false>(x, r, pick, s);
+}
+
+// Calls step(j, n, e, lines) for a strip of columns, where `lines` elements lie c.stride apart from e on, a few lines
+// at a time: what a step keeps per column is then loaded and stored once for all of them.
+template <int kStep, class Step>
+NK_INLINE void for_strips(const Columns& c, Step step) {
+  for (int64_t line = 0; line < c.lines; line += kStep) {
+    const int64_t lines = c.lines - line < kStep ? c.lines - line : kStep, e = c.first + line * c.stride;
+    int64_t j = 0;
+    for (; j + kLanes <= c.width; j += kLanes) step(j, int64_t(kLanes), e + j, lines);
+    if (j < c.width) step(j, c.width - j, e + j, lines);
+  }
+  for (int64_t j = 0; j < c.tail; j += kLanes)
+    step(j, c.tail - j < kLanes ? c.tail - j : int64_t(kLanes), c.first + c.lines * c.stride + j, int64_t(1));
+}
+
+// As pick_shift, over lines that are spread over the box: of the first column of every group.
+template <class T, class S>
+NK_INLINE void pick_shifts(const T* x, const Columns& c, int64_t cols, int64_t period, S* shift) {
+  const int64_t count = c.lines >= 8 ? 8 : c.lines >= 4 ? 4 : c.lines >= 2 ? 2 : 1, step = c.lines / count * c.stride;
+  const int64_t all = period < c.width ? period : c.width;
+  for (int64_t j = 0; j < all;) {
+    const int64_t n = cols > 1 ? 1 : all - j < kLanes ? all - j : int64_t(kLanes);
+    const T* p = x + c.first + j;
+    Pack<S> v[8];
+    for (int64_t i = 0; i < count; ++i) v[i] = load_some<S>(p + i * step, n);
+    for (int64_t half = count / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
+    v[0] = v[0] * fill(S(1) / S(count));
+    if (cols > 1) {
+      for (int64_t i = 0; i < cols && j < all; ++i) shift[j++] = v[0].part[0][0];
+    } else {
+      store_some(shift + j, v[0], n);
+      j += n;
+    }
+  }
+  for (int64_t j = all; j < c.width; ++j) shift[j] = shift[j - all];
+}
+
+template <class T, class S>
+void moments_columns(const void* data, const Columns& c, bool centered, bool pick, int64_t cols, int64_t period,
+                     ShiftedSums<S> s) {
+  const T* x = static_cast<const T*>(data);
+  for (int64_t j = 0; j < c.width; ++j) s.sum[j] = s.squares[j] = 0;
+  if (pick) {
+    for (int64_t j = 0; j < c.width; ++j) s.shift[j] = 0;
+    if (centered) pick_shifts<T>(x, c, cols, period, s.shift);
+  }
+  const auto add = [&](int64_t j, int64_t n, Pack<S> sum, Pack<S> squares) NK_INLINED {
+    store_some(s.sum + j, load_some<double>(s.sum + j, n) + convert<double>(sum), n);
+    store_some(s.squares + j, load_some<double>(s.squares + j, n) + convert<double>(squares), n);
+  };
+  constexpr int kStep = 8;
+  for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
+    const Pack<S> shift = load_some<S>(s.shift + j, n);
+    Pack<S> sum = fill(S(0)), squares = sum;
+    const auto step = [&](int64_t line) NK_INLINED {
+      const Pack<S> d = load_some<S>(x + e + line * c.stride, n) - shift;
+      sum = sum + d;
+      squares = fma(d, d, squares);
+    };
+    if (lines == kStep) {
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < kStep; ++line) step(line);
+    } else {
+      for (int64_t line = 0; line < lines; ++line) step(line);
+    }
+    add(j, n, sum, squares);
+  });
+}
+
+}  // namespace
+}  // namespace normkern::cpu::NK_ISA
