@@ -3,9 +3,10 @@
 #
 # A small ResNet on scikit-learn's digits and, where scikit-image is installed, on patches of its brick, grass and
 # gravel textures, with batch norm and with ConvNorm: accuracy clean, with wrong labels, with less data and under
-# PGD-20, and the exact spectral norm and condition number of every layer. Then a small GAN on digits whose discriminator is held by
-# ConvNorm or by spectral norm, by a Frechet distance in the features of a classifier trained here. Every number goes to
-# conv_norm.csv, means and spreads over seeds to the terminal, and with matplotlib a figure to conv_norm.png.
+# PGD-20, and the exact spectral norm and condition number of every layer. Then a small GAN on digits whose
+# discriminator is held by ConvNorm or by spectral norm, by a Frechet distance in the features of a classifier trained
+# here. Every number goes to conv_norm.csv, means and spreads over seeds to the terminal, and with matplotlib a figure
+# to conv_norm.png.
 from __future__ import annotations
 
 import argparse
