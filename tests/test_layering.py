@@ -13,7 +13,7 @@ SOURCE = re.compile(r"\.(h|hpp|cuh|cpp|cu|py|pyi)$")
 MAY_INCLUDE = {
     "core": r"",
     "cpu": r"\.\./core/.*|immintrin\.h|arm_neon\.h",
-    "cuda": r"\.\./core/.*",
+    "cuda": r"\.\./core/.*|dlfcn\.h|cufft\.h",
     "bind": r"\.\./(core|cpu|cuda)/.*\.h|build_info\.h|pybind11/.*|torch/csrc/stable/.*|torch/headeronly/.*|"
     r"cuda_runtime_api\.h|dlfcn\.h|Python\.h",
     "tests": r"\.\./(core|cpu)/.*",
