@@ -37,6 +37,8 @@ class Native:
 
     def __init__(self) -> None:
         self.cpu_why_not = _load("_C_cpu.so", _REBUILD)
+        if self.cpu_why_not is None and not hasattr(torch.ops.normkern, "update_running"):
+            self.cpu_why_not = f"_C_cpu.so is of an older version; {_REBUILD}"
         # The operators' schemas are in the CPU library.
         self.cuda_why_not = self.cpu_why_not or _load(
             "_C_cuda.so", f"{_REBUILD} and NORMKERN_CUDA=1, with nvcc on PATH"
