@@ -15,7 +15,7 @@ MAY_INCLUDE = {
     "cpu": r"\.\./core/.*|immintrin\.h|arm_neon\.h",
     "cuda": r"\.\./core/.*",
     "bind": r"\.\./(core|cpu|cuda)/.*\.h|build_info\.h|pybind11/.*|torch/csrc/stable/.*|torch/headeronly/.*|"
-    r"cuda_runtime_api\.h|dlfcn\.h",
+    r"cuda_runtime_api\.h|dlfcn\.h|Python\.h",
     "tests": r"\.\./(core|cpu)/.*",
 }
 
