@@ -21,7 +21,7 @@ WRITES = {"fused_forward", "fused_backward", "map_forward", "map_backward"}
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-def compile_for(arch: int, folder: Path) -> list[dict[str, str]]:
+def run(folder: Path, *arguments: str) -> str:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",
@@ -29,19 +29,19 @@ def compile_for(arch: int, folder: Path) -> list[dict[str, str]]:
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
     }
     done = subprocess.run(
-        [sys.executable, str(HERE / "triton_compile.py"), "--few", str(arch)],
+        [sys.executable, str(HERE / "triton_compile.py"), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return list(csv.DictReader(io.StringIO(done.stdout)))
+    return done.stdout
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_resources(arch: int, tmp_path: Path) -> None:
-    rows = compile_for(arch, tmp_path)
+    rows = list(csv.DictReader(io.StringIO(run(tmp_path, "--few", str(arch)))))
     assert {row["launch"] for row in rows} >= READS, "the shapes do not reach every kernel"
     for row in rows:
         name = f"{row['chip']} {row['case']}: {row['launch']} {row['tile']}"
@@ -52,3 +52,9 @@ def test_resources(arch: int, tmp_path: Path) -> None:
             assert numbers["wide_loads"] >= 1, f"{name}: no 16-byte loads"
         if row["launch"] in WRITES:
             assert numbers["wide_stores"] >= 1, f"{name}: no 16-byte stores"
+
+
+@pytest.mark.slow
+def test_every_variant_compiles(tmp_path: Path) -> None:
+    """Dtypes, activations, residuals, given moments and 64-bit offsets: the interpreter takes more than a compiler."""
+    assert int(run(tmp_path, "--variants", "90").strip("[]\n")) >= 60

@@ -1,7 +1,8 @@
 # Compiles the kernels of the Triton backend ahead of time, for named GPUs and without one, exactly as a call would
 # launch them: the launches of a call are recorded and each kernel is compiled with the arguments it got. Prints a row
 # per kernel as CSV: registers, spills, shared memory, 16-byte accesses.
-#   python tests/triton_compile.py [--few] [80] [90] [100]
+#   python tests/triton_compile.py [--few | --variants] [80] [90] [100]
+# --variants compiles what the shapes do not reach, and prints how many kernels that were.
 # A process of its own, since TRITON_INTERPRET must be off when Triton is imported.
 from __future__ import annotations
 
@@ -276,6 +277,82 @@ def compile_key(launch: Launch) -> Any:
     return str(sorted(types.items())), str(sorted(constants.items())), str(attributes), arguments.get("num_warps")
 
 
+def variants() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every dtype, activation and kind of moments at least once, with and without residual and parameters, fused and
+    split, with offsets of 64 bits: what the interpreter runs must be what the compiler takes."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    kinds = (
+        (torch.float32, "gelu", torch.float64, True),
+        (torch.float64, "silu", torch.bfloat16, True),
+        (torch.float16, "leaky_relu", torch.float16, False),
+        (torch.bfloat16, "relu", torch.float32, True),
+        (torch.float64, "gelu", torch.float64, False),
+        (torch.float32, "none", torch.float32, True),
+    )
+    for number, (dtype, act, param_dtype, residual) in enumerate(kinds):
+        for split in (False, True):
+            x = meta(4, 12, 6, 10, dtype=dtype)
+            if number % 2:
+                x = x.to(memory_format=torch.channels_last)
+            channel, sizes, strides = meta(12, dtype=param_dtype), tuple(x.shape), x.stride()
+            found = (
+                problem.group(sizes, strides, 3, Act[act]),
+                problem.batch(sizes, strides, Act[act]),
+                problem.batch(sizes, strides, Act[act], given=True),
+            )
+            for p in found:
+                assert p is not None
+                given = p.moments == Moments.given
+                moments = meta(p.stats.groups, dtype=param_dtype if given else torch.float64)
+                own = (moments, moments) if given else (None, None)
+                extra = x if residual else None
+                params = (channel, channel, extra) if number != 4 else (None, None, extra)
+                needs = 15 if residual else 7
+                yield (
+                    f"{dtype} {act} {p.moments.name}",
+                    lambda p=p, x=x, params=params, own=own, split=split: (
+                        backend.forward(p, x, *params, *own, True, split)
+                    ),
+                )
+                yield (
+                    f"{dtype} {act} {p.moments.name}",
+                    lambda p=p, x=x, params=params, m=moments, n=needs, split=split: (
+                        backend.backward(p, x, x, *params, m, m, n if params[0] is not None else n & 9, split)
+                    ),
+                )
+    wide = meta(1 << 20, 4096, dtype=torch.bfloat16)
+    images = meta(64, 320, 512, 512, dtype=torch.bfloat16)
+    for x, found_wide in (
+        (wide, problem.layer((1 << 20, 4096), wide.stride(), 1)),
+        (wide, problem.layer((1 << 20, 4096), wide.stride(), 1, second=True)),
+        (images, problem.group(tuple(images.shape), images.stride(), 32, Act.silu)),
+        (images, problem.batch(tuple(images.shape), images.stride())),
+    ):
+        assert found_wide is not None
+        for direction, call in calls(found_wide, x):
+            yield f"64 bits {direction}", call
+
+
+def compile_variants(arch: int) -> int:
+    """Compiles each kernel of `variants` once; returns how many there are."""
+    known = set()
+    for name, call in variants():
+        with recorded(CHIPS[arch]) as launches:
+            call()
+        for launch in launches:
+            key = (launch.kernel, compile_key(launch))
+            if key not in known:
+                known.add(key)
+                try:
+                    compiled(launch, arch)
+                except Exception as error:
+                    raise RuntimeError(f"{name}: {launch} does not compile for sm_{arch}") from error
+    return len(known)
+
+
 def write(rows: Iterator[Row], file: Any) -> None:
     names = [f.name for f in fields(Row)]
     writer = csv.writer(file, lineterminator="\n")
@@ -286,5 +363,8 @@ def write(rows: Iterator[Row], file: Any) -> None:
 
 
 if __name__ == "__main__":
-    few = "--few" in sys.argv
-    write(rows_of(FEW if few else SHAPES, [int(a) for a in sys.argv[1:] if a.isdigit()] or list(CHIPS)), sys.stdout)
+    archs = [int(a) for a in sys.argv[1:] if a.isdigit()] or list(CHIPS)
+    if "--variants" in sys.argv:
+        print([compile_variants(arch) for arch in archs])
+    else:
+        write(rows_of(FEW if "--few" in sys.argv else SHAPES, archs), sys.stdout)

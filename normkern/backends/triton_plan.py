@@ -7,6 +7,7 @@ group of an element is that of its line's first element plus that of its column,
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -348,11 +349,13 @@ def plan_map(p: Problem, size: int, chip: Chip, tuning: Tuning = DEFAULT) -> Map
 # ---- the three passes
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_moments(p: Problem, size: int, chip: Chip, split: bool = False, tuning: Tuning = DEFAULT) -> Plan:
     fused = None if split else plan_fused(p, size, chip, False, False, tuning)
     return Plan(fused=fused) if fused else Plan(reduce=plan_reduce(p.stats, size, chip, None, tuning))
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_forward(p: Problem, size: int, chip: Chip, split: bool = False, tuning: Tuning = DEFAULT) -> Plan:
     given = p.moments == Moments.given
     fused = None if split or given else plan_fused(p, size, chip, False, False, tuning)
@@ -362,6 +365,7 @@ def plan_forward(p: Problem, size: int, chip: Chip, split: bool = False, tuning:
     return Plan(reduce=reduce, map=plan_map(p, size, chip, tuning))
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_backward(
     p: Problem, size: int, chip: Chip, gradients: bool, split: bool = False, tuning: Tuning = DEFAULT
 ) -> Plan:
