@@ -57,6 +57,7 @@ class Part:
 
 # torch 2.13 has a new name for it.
 _all_gather: Any = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_all_reduce: Any = collectives.all_reduce
 _wait: Any = collectives.wait_tensor
 
 
@@ -69,7 +70,7 @@ def _gathered(message: Tensor, group: str) -> Tensor:
 def _summed(t: Tensor, groups: tuple[str, ...]) -> Tensor:
     """t added up over the processes."""
     for group in groups:
-        t = _completed(functools.partial(collectives.all_reduce, t, "sum", group))
+        t = _completed(functools.partial(_all_reduce, t, "sum", group))
     return t
 
 
