@@ -1,5 +1,6 @@
 """nn: the stock modules with normkern's forward."""
 
+from normkern.nn.conv import ConvNorm2d
 from normkern.nn.convert import convert, register_converter, revert
 from normkern.nn.norm import (
     BatchNorm1d,
@@ -18,6 +19,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConvNorm2d",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
