@@ -9,6 +9,8 @@ torch's functional ones, so torch.compile sees one graph.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +56,9 @@ class Part:
 # ---- collectives
 
 # torch 2.13 has a new name for it.
-_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_all_gather: Any = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_all_reduce: Any = collectives.all_reduce
+_wait: Any = collectives.wait_tensor
 
 
 def _gathered(message: Tensor, group: str) -> Tensor:
@@ -66,15 +70,15 @@ def _gathered(message: Tensor, group: str) -> Tensor:
 def _summed(t: Tensor, groups: tuple[str, ...]) -> Tensor:
     """t added up over the processes."""
     for group in groups:
-        t = _completed(lambda t=t, group=group: collectives.all_reduce(t, "sum", group))  # type: ignore[misc]
+        t = _completed(functools.partial(_all_reduce, t, "sum", group))
     return t
 
 
-def _completed(start: Any) -> Tensor:
+def _completed(start: Callable[[], Tensor]) -> Tensor:
     if torch.compiler.is_compiling():
-        return collectives.wait_tensor(start())
+        return _wait(start())  # type: ignore[no-any-return]
     try:
-        return collectives.wait_tensor(start())
+        return _wait(start())  # type: ignore[no-any-return]
     except RuntimeError as error:
         raise RuntimeError(
             "normkern: processes could not exchange statistics; every process of the group must call the layer, also "
@@ -91,7 +95,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return _summed(t.contiguous(), groups)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return _SumOverProcesses.apply(dy, ctx.groups), None  # type: ignore[no-untyped-call]
 
 
@@ -105,7 +109,7 @@ def merge(count: Tensor, mean: Tensor, var: Tensor, group: str) -> tuple[Tensor,
     Variances, 1979), for any number of parts. Where mean is empty, var is a second moment.
     """
     every = _gathered(torch.cat([count, mean, var * count]), group)
-    counts, means, squares = every.split([1, mean.numel(), var.numel()], 1)
+    counts, means, squares = torch.split(every, [1, mean.numel(), var.numel()], 1)
     total = counts.sum(0)
     least = total.clamp(min=1)  # without any samples, everything is 0
     squares = squares.sum(0)
@@ -140,9 +144,15 @@ def part_forward(
     """y of this process, then count, mean and variance of all."""
     count, mean, var = part_moments(part, backend, x)
     if x.numel() == 0:
-        return torch.empty_like(x), count, mean, var
+        return _after(x, var), count, mean, var
     y = backend.forward(part.given, x, weight, bias, residual, _or_zero(mean, var), var, False)[0]
     return y, count, mean, var
+
+
+def _after(x: Tensor, exchanged: Tensor) -> Tensor:
+    """Something empty like x that needs what was exchanged: a compiler drops collectives that nobody reads, and then
+    the other processes wait for ever."""
+    return x.detach() + exchanged.sum().to(x.dtype)
 
 
 def _or_zero(mean: Tensor, var: Tensor) -> Tensor:
@@ -177,12 +187,12 @@ def part_backward(
         dx = dresidual = torch.zeros_like(x)
     elif part.problem.affine == stats:
         # The gradients of weight and bias are the sums that dx needs, but for a factor: one sweep gives all.
-        wide = [var.new_ones(groups) if weight is None else weight.double()]
-        wide.append(var.new_zeros(groups) if bias is None else bias.double())
+        wide = var.new_ones(groups) if weight is None else weight.double()
+        wide_bias = var.new_zeros(groups) if bias is None else bias.double()
         asked = needs | (NEED_DWEIGHT | NEED_DBIAS if needs & NEED_DX else 0)
-        dx, dweight, dbias, dresidual = backend.backward(part.given, dy, x, *wide, residual, mean, var, asked)
+        dx, dweight, dbias, dresidual = backend.backward(part.given, dy, x, wide, wide_bias, residual, mean, var, asked)
         if needs & NEED_DX:
-            scale = wide[0].view(-1) * (var + part.problem.eps).rsqrt()
+            scale = wide.view(-1) * (var + part.problem.eps).rsqrt()
             sums = torch.cat([scale * dbias, scale * dweight])
         dweight = dweight if weight is None else dweight.to(weight.dtype)
         dbias = dbias if bias is None else dbias.to(bias.dtype)
@@ -196,8 +206,10 @@ def part_backward(
     if needs & NEED_DX:
         # So far dx took the moments for constants. What they add is linear in xhat, for which forward is the kernel.
         sums = _summed(sums, part.groups)
-        if x.numel():
-            bias_of, weight_of = (sums / -count.clamp(min=1)).split(groups)
+        if x.numel() == 0:
+            dx = _after(x, sums)
+        else:
+            bias_of, weight_of = torch.split(sums / -count.clamp(min=1), groups)
             if second_moment:
                 bias_of = torch.zeros_like(bias_of)
             dx = backend.forward(part.plain, x, weight_of.contiguous(), bias_of.contiguous(), dx, mean, var, False)[0]
@@ -370,7 +382,7 @@ def _group_name(process_group: Any) -> str | None:
     """The name of the group, or None where there is nobody to exchange statistics with."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    group = dist.group.WORLD if process_group is None else process_group
+    group: Any = dist.group.WORLD if process_group is None else process_group
     if dist.get_world_size(group) == 1:
         return None
     name: str = group.group_name

@@ -179,7 +179,7 @@ class _Layout:
         for mesh_dim, i, _, length in cuts:
             placements[mesh_dim], local_sizes[i] = Shard(i), length
         strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-        t = DTensor.from_local(
+        t: Any = DTensor.from_local(
             part.view(local_sizes),
             self.mesh,
             placements,
@@ -188,13 +188,16 @@ class _Layout:
             stride=tuple(strides),
         )
         everywhere = [Replicate()] * self.mesh.ndim
+        found: Tensor
         if like is None:
-            return t if len(sizes) == 1 else t.redistribute(self.mesh, everywhere).view(-1)
-        if not isinstance(like, DTensor):
-            return t.redistribute(self.mesh, everywhere).to_local().view(like.shape)
-        if t.shape != like.shape:
-            t = t.redistribute(self.mesh, everywhere).view(like.shape)
-        return t.redistribute(self.mesh, like.placements)
+            found = t if len(sizes) == 1 else t.redistribute(self.mesh, everywhere).view(-1)
+        elif isinstance(like, DTensor):
+            if t.shape != like.shape:
+                t = t.redistribute(self.mesh, everywhere).view(like.shape)
+            found = t.redistribute(self.mesh, like.placements)
+        else:
+            found = t.redistribute(self.mesh, everywhere).to_local().view(like.shape)
+        return found
 
     def moments(self, part: Tensor) -> Tensor:
         """Moments as they are saved: a DTensor where one dimension of x tells the groups apart, else this process's."""

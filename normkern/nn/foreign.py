@@ -197,7 +197,7 @@ def _one_normalized(self: Any) -> str | None:
 
 
 _LAYER, _LAYER_2D = Rule(_layer_norm, _rows), Rule(_layer_norm_2d, _image, why_not=_one_normalized)
-_WEIGHTED = {"sample": _weighted_rows, "why_not": _one_dimension}
+_WEIGHTED: dict[str, Any] = {"sample": _weighted_rows, "why_not": _one_dimension}
 _RMS, _RMS_2D = Rule(_rms_norm, _rows), Rule(_rms_norm_2d, _image)
 _GROUP = Rule(_group_norm, _channels)
 _BATCH = Rule(_batch_norm, _channels, synchronized=_sync_batch_norm)
@@ -245,12 +245,12 @@ ALIKE: dict[str, Rule] = {
 
 def converter_of(kind: type[nn.Module]) -> Callable[[nn.Module], type[nn.Module] | str] | None:
     """How modules of this class are converted, or None where the class is unknown."""
-    rule = _rule_of(kind)
+    rule = _rule_of(kind)  # type: ignore[arg-type]
     return None if rule is None else functools.partial(_convert, rule)
 
 
 @functools.lru_cache(maxsize=1024)
-def _rule_of(kind: type[nn.Module]) -> Rule | None:
+def _rule_of(kind: Any) -> Rule | None:
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name in BY_NAME:
         return BY_NAME[name]
@@ -290,7 +290,7 @@ def _instructions(function: Any) -> list[tuple[str, Any]] | None:
 
 def _convert(rule: Rule, module: nn.Module) -> type[nn.Module] | str:
     why = rule.why_not(module) if rule.why_not is not None else None
-    return why or _disagreement(rule, module) or overlay(type(module), rule.forward)
+    return why or _disagreement(rule, module) or overlay(type(module), rule.forward)  # type: ignore[arg-type]
 
 
 def synchronized(module: nn.Module, target: type[nn.Module] | str | None) -> type[nn.Module] | None:
@@ -298,8 +298,8 @@ def synchronized(module: nn.Module, target: type[nn.Module] | str | None) -> typ
     kind = target if isinstance(target, type) else type(module)
     if not issubclass(kind, Overlaid):
         return None
-    rule = _rule_of(kind.original)
-    return None if rule is None or rule.synchronized is None else overlay(kind.original, rule.synchronized)
+    rule = _rule_of(kind.original)  # type: ignore[arg-type]
+    return None if rule is None or rule.synchronized is None else overlay(kind.original, rule.synchronized)  # type: ignore[arg-type]
 
 
 # ---- trying a rule
@@ -356,12 +356,12 @@ class Overlaid:
 
 
 @functools.lru_cache(maxsize=1024)
-def overlay(kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+def overlay(kind: Any, forward: Callable[..., Any]) -> type[nn.Module]:
     """A subclass of `kind` with this forward."""
     members = {"forward": forward, "original": kind, "__module__": __name__, "__doc__": kind.__doc__}
     return type(f"Normkern{kind.__name__}", (Overlaid, kind), members)
 
 
 def _revive(kind: type[nn.Module], forward: Callable[..., Any]) -> nn.Module:
-    module: nn.Module = object.__new__(overlay(kind, forward))
+    module: nn.Module = object.__new__(overlay(kind, forward))  # type: ignore[arg-type]
     return module
