@@ -2,9 +2,11 @@
 # gpu_check.sh OUTDIR [WHEEL]: everything that needs a GPU, in one call of at most ten minutes and without a network.
 #
 # Installs WHEEL (or builds the sources for this machine's GPU) into a scratch directory, then: device tests,
-# compute-sanitizer, copy ceiling, benchmarks against torch and cuDNN, errors by mean/std, demo. A stage that fails or
-# runs out of time is recorded in summary.csv and the next one starts. OUTDIR ends up flat, with eight files at most.
+# compute-sanitizer, copy ceiling, probes of the chip, the fastest strategy by size, benchmarks against torch and cuDNN,
+# errors by mean/std, demo. A stage that fails or runs out of time is recorded in summary.csv and the next one starts.
+# OUTDIR ends up flat, with a dozen files at most.
 #
+#   ONLY="probe sweep"  these stages alone (after install); names are those of summary.csv
 #   PYTHON=python3.12   another interpreter; it brings torch, pytest and pytest-benchmark
 #   BUDGET=540          seconds for everything
 #   --dry-run           without a GPU: the same stages on the CPU, shrunk, with the normkern that PYTHON already has
@@ -12,7 +14,7 @@ set -uo pipefail
 
 dry=0
 [ "${1:-}" = "--dry-run" ] && { dry=1; shift; }
-[ $# -ge 1 ] && [ $# -le 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] && [ $# -le 2 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 wheel=${2:+$(realpath "$2")}
@@ -37,6 +39,7 @@ failures=0
 stage() {
   local name=$1 limit=$2 left=$((deadline - SECONDS)) began=$SECONDS status
   shift 2
+  if [ -n "${ONLY:-}" ] && [ "$name" != install ] && [[ " $ONLY " != *" ${name%-*} "* ]]; then return; fi
   [ "$limit" -lt "$left" ] || limit=$left
   printf '\n==== %s: %s\n' "$name" "$*" >>"$out/log.txt"
   if [ "$limit" -le 5 ]; then
@@ -91,7 +94,7 @@ import os
 import torch
 import normkern
 g = torch.Generator().manual_seed(0)
-for strategy in ("warp", "block", "split"):
+for strategy in ("warp", "block", "cluster", "subgrid", "split"):
     os.environ["NORMKERN_STRATEGY"] = strategy
     for dtype in (torch.float32, torch.bfloat16):
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -109,6 +112,26 @@ for strategy in ("warp", "block", "split"):
                 )
                 sum(y.float().square().sum() for y in results).backward()
 torch.cuda.synchronize()
+END
+cat >"$scratch/probe.sh" <<'END'
+set -e
+repo=$1 csv=$2
+nvcc=$(command -v nvcc || ls /usr/local/cuda*/bin/nvcc 2>/dev/null | head -n 1)
+[ -n "$nvcc" ] || { echo "nvcc was not found"; exit 77; }
+"$nvcc" -O3 -std=c++17 -arch=native -o probe "$repo/bench/probe.cu"
+./probe | tee "$csv"
+END
+cat >"$scratch/names.py" <<'END'
+# The kernels that torch runs for a bfloat16 batch norm.
+import torch
+x = torch.randn(32, 64, 56, 56, device="cuda", dtype=torch.bfloat16)
+for layout in (torch.contiguous_format, torch.channels_last):
+    own = x.contiguous(memory_format=layout).requires_grad_()
+    weight = torch.ones(64, device="cuda", requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        torch.nn.functional.batch_norm(own, None, None, weight, weight, training=True).sum().backward()
+        torch.cuda.synchronize()
+    print(layout, *sorted({event.key for event in found.key_averages()}), sep="\n  ")
 END
 cat >"$scratch/sanitizer.sh" <<'END'
 tool=$1 python=$2 script=$3
@@ -136,6 +159,11 @@ stage tests 200 "${pytest[@]}" "${tests[@]}" --junitxml "$out/tests.xml"
 # Where the kernels cannot run these must fail, not measure what stands in for them.
 export NORMKERN_BACKEND=native
 stage copy 40 "$python" "$repo/bench/copy_ceiling.py" --device "$device" --csv "$out/copy.csv"
+if [ "$dry" = 0 ]; then
+  stage probe 60 bash "$scratch/probe.sh" "$repo" "$out/probe.csv"
+  stage names 30 "$python" "$scratch/names.py"
+fi
+stage sweep 120 "$python" "$repo/bench/sweep_strategies.py" --device "$device" --csv "$out/sweep.csv" "${quick[@]}"
 stage bench 150 "${pytest[@]}" -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
   "$repo/bench/bench_norms.py" --device "$device" --csv "$out/norms.csv" "${quick[@]}"
 stage offset 40 "$python" "$repo/bench/offset_error.py" --device "$device" --csv "$out/offset_error.csv"
@@ -143,11 +171,11 @@ unset NORMKERN_BACKEND
 if [ "$dry" = 1 ]; then
   stage demo 60 env COLUMNS=100 "$python" -m normkern demo --quick
 else
-  for strategy in warp block split; do
+  for strategy in warp block cluster subgrid split; do
     stage "tests-$strategy" 60 env NORMKERN_STRATEGY="$strategy" "${pytest[@]}" "$repo/tests/test_norms.py" -k native-cuda
   done
-  for tool in memcheck racecheck; do
-    stage "$tool" 90 bash "$scratch/sanitizer.sh" "$tool" "$python" "$scratch/sanitize.py"
+  for tool in memcheck racecheck initcheck synccheck; do
+    stage "sanitizer-$tool" 90 bash "$scratch/sanitizer.sh" "$tool" "$python" "$scratch/sanitize.py"
   done
   stage demo 90 env COLUMNS=100 "$python" -m normkern demo
 fi

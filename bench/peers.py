@@ -12,6 +12,7 @@ from cases import Case, Inputs, call
 from torch import Tensor
 
 import normkern.functional
+from normkern.backends import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,22 @@ def cudnn_why_not(case: Case, device: torch.device) -> str | None:
     return None if case.norm in ("batch", "instance") else "torch has no path to cuDNN for this norm"
 
 
+def triton_why_not(case: Case, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "the interpreter is no rival"
+    return BACKENDS["triton"].why_not(torch.empty(1, device=device))
+
+
 PEERS = (
     Peer("torch", lambda case, inputs: call(case, inputs, F), around=cudnn(False)),
     Peer("cudnn", lambda case, inputs: call(case, inputs, F), cudnn_why_not, cudnn(True)),
     Peer("normkern", lambda case, inputs: call(case, inputs, normkern.functional)),
+    Peer(
+        "normkern_triton",
+        lambda case, inputs: call(case, inputs, normkern.functional),
+        triton_why_not,
+        lambda: normkern.use_backend("triton"),
+    ),
 )
 
 

@@ -15,6 +15,8 @@ from normkern.functional import (
     rms_norm,
 )
 from normkern.nn.conv import convert_conv_norm
+from normkern.nn.convert import convert, register_converter, revert
+from normkern.running import frozen_running_stats
 
 __version__ = "0.1.0"
 
@@ -23,14 +25,18 @@ __all__ = [
     "add_rms_norm",
     "batch_norm",
     "conv_norm",
+    "convert",
     "convert_conv_norm",
     "explain",
+    "frozen_running_stats",
     "group_norm",
     "instance_norm",
     "layer_norm",
     "moments",
     "nn",
     "preconditioner",
+    "register_converter",
+    "revert",
     "rms_norm",
     "use_backend",
 ]

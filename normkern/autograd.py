@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from normkern import aten
 from normkern.backends import Backend, eager, select
 from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Act, Domain, Moments, Problem
 
@@ -51,40 +52,53 @@ class _Normalize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.problem = problem
         ctx.backend = backend
+        ctx.strides = x.stride()
         return y, group_mean, group_var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> _Grads:
         if dy is None:
             return (None,) * 8
-        problem = ctx.problem
-        x, weight, bias, residual, mean, var = ctx.saved_tensors
-        _, _, need_x, need_weight, need_bias, need_residual, _, _ = ctx.needs_input_grad
-        if _must_be_differentiable(dy):
-            wanted = need_x, need_weight, need_bias, need_residual
-            return (
-                None,
-                None,
-                *_differentiable_backward(problem, wanted, dy, x, weight, bias, residual, mean, var),
-                None,
-                None,
-            )
+        got = gradients(ctx.problem, ctx.backend, ctx.needs_input_grad[2:6], dy, ctx.strides, *ctx.saved_tensors)
+        return None, None, *got, None, None
 
-        dx = dweight = dbias = dresidual = None
-        needs = need_x * NEED_DX | need_weight * NEED_DWEIGHT | need_bias * NEED_DBIAS
-        if need_residual:
-            if problem.act == Act.none:
-                dresidual = dy
-            else:
-                needs |= NEED_DRESIDUAL
-        if needs:
-            dense = same_buffer(dy, x)
-            got = ctx.backend.backward(problem, dense, x, weight, bias, residual, mean, var, needs)
-            dx = got[0] if need_x else None
-            dweight = got[1].view(weight.shape) if need_weight else None
-            dbias = got[2].view(bias.shape) if need_bias else None
-            dresidual = got[3] if needs & NEED_DRESIDUAL else dresidual
-        return None, None, dx, dweight, dbias, dresidual, None, None
+
+def gradients(
+    problem: Problem,
+    backend: Backend,
+    wanted: tuple[bool, ...],
+    dy: Tensor,
+    strides: tuple[int, ...],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> _Grads:
+    """dx, dweight, dbias, dresidual where `wanted`; `strides` are those that x had in the forward pass."""
+    if x.stride() != strides:  # a hook on saved tensors may have brought it back otherwise
+        x = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+        residual = None if residual is None else same_buffer(residual, x)
+    if _must_be_differentiable(dy):
+        return _differentiable_backward(problem, wanted, dy, x, weight, bias, residual, mean, var)
+    need_x, need_weight, need_bias, need_residual = wanted
+    dresidual = None
+    needs = need_x * NEED_DX | need_weight * NEED_DWEIGHT | need_bias * NEED_DBIAS
+    if need_residual:
+        if problem.act == Act.none:
+            dresidual = dy
+        else:
+            needs |= NEED_DRESIDUAL
+    if not needs:
+        return None, None, None, dresidual
+    got = backend.backward(problem, same_buffer(dy, x), x, weight, bias, residual, mean, var, needs)
+    return (
+        got[0] if need_x else None,
+        got[1].view(weight.shape) if need_weight and weight is not None else None,
+        got[2].view(bias.shape) if need_bias and bias is not None else None,
+        got[3] if needs & NEED_DRESIDUAL else dresidual,
+    )
 
 
 # Function.apply without what it does for torch.func, which never comes here (see _transformed): 4 of 12 us a call.
@@ -100,7 +114,7 @@ def _must_be_differentiable(dy: Tensor) -> bool:
 
 def _differentiable_backward(
     problem: Problem,
-    wanted: tuple[bool, bool, bool, bool],
+    wanted: tuple[bool, ...],
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -108,7 +122,7 @@ def _differentiable_backward(
     residual: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
-) -> list[Tensor | None]:
+) -> _Grads:
     """dx, dweight, dbias, dresidual as functions that can be differentiated again."""
     create_graph = torch.is_grad_enabled()
     inputs = [x, weight, bias, residual]
@@ -123,7 +137,7 @@ def _differentiable_backward(
     ]
     if wanted[3] and residual is None:  # not saved, because without an activation it only passes dy on
         found[3] = dy
-    return found
+    return tuple(found)
 
 
 def _transformed() -> bool:
@@ -142,8 +156,9 @@ def normalize(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the moments of every group if `save`; mean and var are read only where the moments are given."""
-    if _transformed():
-        return eager.apply(problem, x, weight, bias, residual, mean, var)
+    if _transformed() or aten.exporting():
+        y, group_mean, group_var = eager.apply(problem, x, weight, bias, residual, mean, var)
+        return y, group_mean.detach(), group_var.detach()
     backend = select(x)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -176,7 +191,7 @@ class _Moments(torch.autograd.Function):
 def moments(domain: Domain, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every group, float64; differentiable any number of times."""
     problem = Problem(domain, domain)
-    if _transformed():
+    if _transformed() or aten.exporting():
         return eager.differentiable_moments(domain, x)
     backend = select(x)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -63,11 +63,11 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("H200", 132, 232448, 233472, 60 << 20, 8, 4.8e12),
-        Chip("H100", 132, 232448, 233472, 50 << 20, 8, 3.35e12),
+        Chip("H200", 132, 232448, 233472, 60 << 20, 16, 4.8e12),
+        Chip("H100", 132, 232448, 233472, 50 << 20, 16, 3.35e12),
         Chip("A100", 108, 166912, 167936, 40 << 20, 1, 2.04e12),
         Chip("L4", 58, 101376, 102400, 48 << 20, 1, 0.30e12),
-        Chip("B200", 148, 232448, 233472, 126 << 20, 8, 8.0e12),
+        Chip("B200", 148, 232448, 233472, 126 << 20, 16, 8.0e12),
     )
 }
 
@@ -94,7 +94,7 @@ class PlannedPass:
         ]
         moved = plan.bytes_read + plan.bytes_written
         text = (
-            f"{self.name:8}  strategy {plan.strategy.name}: {'; '.join(launches)}\n"
+            f"{self.name:8}  strategy {plan.strategy.name}{_team(plan)}: {'; '.join(launches)}\n"
             f"          reads {_bytes(plan.bytes_read)}, writes {_bytes(plan.bytes_written)}, "
             f"workspace {_bytes(plan.workspace_bytes)}"
         )
@@ -146,6 +146,18 @@ def _domain(domain: Domain) -> str:
         f"batch {domain.batch}, rows {domain.rows}, keep {domain.keep}, cols {domain.cols}: "
         f"{domain.groups} groups of {domain.count}"
     )
+
+
+def _team(plan: Any) -> str:
+    """Who shares a group, where it is more or less than a block."""
+    team = plan.team
+    if plan.fused.blocks == 0:
+        return ""
+    what = "group" if team.walk == _host.Walk.rows else "slab of groups"
+    if team.blocks > 1:
+        return f", {team.blocks} blocks to a {what}"
+    threads = team.width * team.lanes
+    return f", {threads} {'thread' if threads == 1 else 'threads'} to a {what}"
 
 
 def _launch(name: str, launch: Any) -> str:
@@ -212,7 +224,7 @@ def _chip_of(x: Tensor, gpu: str | Chip | None) -> Chip | None:
         found.shared_memory_per_block_optin,
         found.shared_memory_per_multiprocessor,
         found.L2_cache_size,
-        8 if found.major >= 9 else 1,
+        16 if found.major >= 9 else 1,
         None if known is None else known.bandwidth,
     )
 

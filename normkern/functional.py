@@ -3,17 +3,19 @@
 Each function checks its arguments, names its two domains (problem.py) and hands over to autograd.py. `input` is
 (N, C, ...) in any dense memory format; output and gradients keep its dtype and layout. `residual` is added after weight
 and bias and before `act`, one of None, "relu", "silu", "gelu", "leaky_relu". Parameters may have any floating dtype.
-torch.autocast casts nothing here: inputs are taken as they come.
+Under torch.autocast("cuda") layer, group and RMS norm of tensors on the GPU compute and answer in float32, as torch's
+do; batch and instance norm, and every norm on the CPU, take their inputs as they come, as torch's do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from normkern import autograd, problem
+from normkern import aten, autograd, direct, problem, running
 from normkern.checks import (
     check_act,
     check_enough_values,
@@ -29,6 +31,8 @@ from normkern.checks import (
     spatial_count,
 )
 from normkern.problem import Problem
+
+T = TypeVar("T")
 
 # A constructor of problem.py: from sizes, strides and what the norm adds to the problem, or None where they do not fit.
 Geometry = Callable[..., Problem | None]
@@ -57,8 +61,14 @@ def _normalize(
     mean: Tensor | None = None,
     var: Tensor | None = None,
     save: bool = False,
+    call: tuple[object, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y in the layout of x, and the moments that were computed, if `save`; `dense` and `problem` are from _fit."""
+    """y in the layout of x, and the moments that were computed, if `save`; `dense` and `problem` are from _fit.
+
+    `call` is what direct.py may recognize the call by next time.
+    """
+    if call is not None and dense is x:
+        direct.remember(call, problem)
     order = problem.weight_order
     if order is not None:
         weight = None if weight is None else weight.permute(order).contiguous()
@@ -71,6 +81,13 @@ def _normalize(
     return y, mean, var
 
 
+def _autocast(t: T) -> T:
+    """A tensor on a GPU as torch.autocast has it for layer, group and RMS norm: float32."""
+    if isinstance(t, Tensor) and t.is_cuda and t.is_floating_point() and t.dtype is not torch.float64:
+        return t.float()  # type: ignore[return-value]
+    return t
+
+
 def _empty(x: Tensor, *others: Tensor | None) -> Tensor:
     """The result for an input without elements: empty too, and every gradient that flows back from it is zero."""
     y = x.clone()
@@ -78,24 +95,6 @@ def _empty(x: Tensor, *others: Tensor | None) -> Tensor:
         if t is not None:
             y = y + t.sum().to(x.dtype)
     return y
-
-
-def _track(running: Tensor, value: Tensor, keep: float | Tensor, take: float | Tensor) -> Tensor:
-    """keep * running + take * value, in float64."""
-    if isinstance(keep, Tensor):
-        return value * take + running.to(value.dtype) * keep
-    return torch.add(value * take, running, alpha=keep)  # an operator less than the line above
-
-
-def _update_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float | Tensor
-) -> None:
-    """Both or neither: what can fail comes before the first write. None of these tensors requires gradients."""
-    keep = 1 - momentum
-    next_mean = _track(running_mean, mean, keep, momentum)
-    next_var = _track(running_var, var, keep, momentum * (count / (count - 1)))
-    running_mean.copy_(next_mean)
-    running_var.copy_(next_var)
 
 
 def batch_norm(
@@ -110,21 +109,20 @@ def batch_norm(
     *,
     residual: Tensor | None = None,
     act: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """Normalize every channel over the batch and all positions.
 
     In training the batch's own moments are used and the running statistics, if given, move towards them by `momentum`
-    (with the unbiased variance); otherwise the running statistics are the moments.
+    (with the unbiased variance); otherwise the running statistics are the moments. With `skip_nonfinite` a batch with
+    an infinite or NaN moment moves no running statistics, of any channel.
     """
-    check_flag("batch_norm", "training", training)
-    momentum = momentum if isinstance(momentum, Tensor) else check_float("batch_norm", "momentum", momentum)
-    return _batch_norm(
-        "batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act
-    )
+    return batch_norm_moved(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act, skip_nonfinite
+    )[0]
 
 
-def _batch_norm(
-    name: str,
+def batch_norm_moved(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -135,9 +133,24 @@ def _batch_norm(
     eps: float,
     residual: Tensor | None,
     act: str | None,
-) -> Tensor:
+    skip_nonfinite: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """batch_norm, and with `skip_nonfinite` whether the running statistics moved, a bool that stays on its device.
+
+    momentum may be a tensor of size 1, which no one waits for.
+    """
+    name = "batch_norm"
+    call = None
+    if type(momentum) is float and skip_nonfinite is False:
+        call = name, x, weight, bias, residual, running_mean, running_var, training, eps, act
+        y = direct.run(call, momentum if training else None)
+        if y is not None:
+            return y, None
+    check_flag(name, "training", training)
+    check_flag(name, "skip_nonfinite", skip_nonfinite)
+    momentum = momentum if isinstance(momentum, Tensor) else check_float(name, "momentum", momentum)
     if isinstance(x, Tensor) and x.shape == (0,):
-        return _empty(x, weight, bias, residual)  # torch takes this for a batch without channels
+        return _empty(x, weight, bias, residual), None  # torch takes this for a batch without channels
     check_input(name, x, 2)
     eps = check_float(name, "eps", eps)
     activation = check_act(name, act)
@@ -151,16 +164,26 @@ def _batch_norm(
     weight = check_parameter(name, "weight", _flat(weight), (channels,), x)
     bias = check_parameter(name, "bias", _flat(bias), (channels,), x)
     check_residual(name, residual, x)
+    if aten.exporting() and not skip_nonfinite and aten.takes_statistics(running_mean, x, training, momentum):
+        share = 0.0 if isinstance(momentum, Tensor) else momentum
+        y = aten.batch_norm(x, running_mean, running_var, weight, bias, training, share, eps, False)
+        return aten.finish(y, activation, residual), None
     if numel == 0:
-        return _empty(x, weight, bias, residual)
+        return _empty(x, weight, bias, residual), None
     dense, found = _fit(x, problem.batch, activation, eps, not training)
     if not training:
-        return _normalize(x, dense, found, weight, bias, residual, mean, var)[0]
+        return _normalize(x, dense, found, weight, bias, residual, mean, var, call=call)[0], None
     tracked = running_mean is not None
-    y, batch_mean, batch_var = _normalize(x, dense, found, weight, bias, residual, save=tracked)
+    y, batch_mean, batch_var = _normalize(x, dense, found, weight, bias, residual, save=tracked, call=call)
+    only = None
     if running_mean is not None and running_var is not None:
-        _update_running(running_mean, running_var, batch_mean, batch_var, numel // channels, momentum)
-    return y
+        only = _all_finite(batch_mean, batch_var) if skip_nonfinite else None
+        running.update(running_mean, running_var, batch_mean, batch_var, numel // channels, momentum, only)
+    return y, only
+
+
+def _all_finite(mean: Tensor, var: Tensor) -> Tensor:
+    return (torch.isfinite(mean) & torch.isfinite(var)).all()
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:
@@ -181,7 +204,14 @@ def group_norm(
     act: str | None = None,
 ) -> Tensor:
     """Normalize each of `num_groups` bundles of neighbouring channels of every sample."""
+    call = "group_norm", input, weight, bias, residual, None, None, num_groups, eps, act
+    y = direct.run(call, None)
+    if y is not None:
+        return y
     check_input("group_norm", input, 2)
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        input = _autocast(input)
+        weight, bias, residual = _autocast(weight), _autocast(bias), _autocast(residual)
     check_groups("group_norm", num_groups, input)
     eps = check_float("group_norm", "eps", eps)
     activation = check_act("group_norm", act)
@@ -191,10 +221,12 @@ def group_norm(
     weight = check_parameter("group_norm", "weight", weight, (shape[1],), input)
     bias = check_parameter("group_norm", "bias", bias, (shape[1],), input)
     check_residual("group_norm", residual, input)
+    if aten.exporting():
+        return aten.finish(aten.group_norm(input, num_groups, weight, bias, eps), activation, residual)
     if numel == 0:
         return _empty(input, weight, bias, residual)
     dense, found = _fit(input, problem.group, num_groups, activation, eps)
-    return _normalize(input, dense, found, weight, bias, residual)[0]
+    return _normalize(input, dense, found, weight, bias, residual, call=call)[0]
 
 
 def layer_norm(
@@ -208,8 +240,12 @@ def layer_norm(
     act: str | None = None,
 ) -> Tensor:
     """Normalize over the last dimensions, which have the sizes `normalized_shape`."""
+    call = "layer_norm", input, weight, bias, residual, None, None, normalized_shape, eps, act
+    y = direct.run(call, None)
+    if y is not None:
+        return y
     eps = check_float("layer_norm", "eps", eps)
-    return _layer_norm("layer_norm", input, normalized_shape, weight, bias, eps, residual, act, second=False)
+    return _layer_norm("layer_norm", input, normalized_shape, weight, bias, eps, residual, act, False, call)
 
 
 def rms_norm(
@@ -225,7 +261,11 @@ def rms_norm(
 
     As in torch, eps=None is the machine epsilon of the type that computes: float32, or float64 for a float64 input.
     """
-    return _rms_norm("rms_norm", input, normalized_shape, weight, eps, residual, act)
+    call = "rms_norm", input, weight, None, residual, None, None, normalized_shape, eps, act
+    y = direct.run(call, None)
+    if y is not None:
+        return y
+    return _rms_norm("rms_norm", input, normalized_shape, weight, eps, residual, act, call)
 
 
 def _rms_norm(
@@ -236,12 +276,13 @@ def _rms_norm(
     eps: float | None,
     residual: Tensor | None,
     act: str | None,
+    call: tuple[object, ...] | None = None,
 ) -> Tensor:
     check_input(name, x, 0)
     if eps is None:
         eps = 2.0**-52 if x.dtype is torch.float64 else 2.0**-23
     eps = check_float(name, "eps", eps)
-    return _layer_norm(name, x, normalized_shape, weight, None, eps, residual, act, second=True)
+    return _layer_norm(name, x, normalized_shape, weight, None, eps, residual, act, True, call)
 
 
 def _layer_norm(
@@ -254,17 +295,23 @@ def _layer_norm(
     residual: Tensor | None,
     act: str | None,
     second: bool,
+    call: tuple[object, ...] | None = None,
 ) -> Tensor:
     check_input(name, x, 0)
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x = _autocast(x)
+        weight, bias, residual = _autocast(weight), _autocast(bias), _autocast(residual)
     shape = check_normalized_shape(name, normalized_shape, x)
     activation = check_act(name, act)
     weight = check_parameter(name, "weight", weight, shape, x)
     bias = check_parameter(name, "bias", bias, shape, x)
     check_residual(name, residual, x)
+    if aten.exporting():
+        return aten.finish(aten.layer_norm(x, shape, weight, bias, eps, second), activation, residual)
     if x.numel() == 0:
         return _empty(x, weight, bias, residual)
     dense, found = _fit(x, problem.layer, len(shape), activation, eps, second)
-    return _normalize(x, dense, found, weight, bias, residual)[0]
+    return _normalize(x, dense, found, weight, bias, residual, call=call)[0]
 
 
 def instance_norm(
@@ -279,13 +326,22 @@ def instance_norm(
     *,
     residual: Tensor | None = None,
     act: str | None = None,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """Normalize every channel of every sample over its positions.
 
     With `use_input_stats` the running statistics, if given, move by `momentum` towards the moments averaged over the
-    batch; without, they are the moments, as in batch_norm's evaluation.
+    batch; without, they are the moments, as in batch_norm's evaluation. With `skip_nonfinite` an infinite or NaN moment
+    moves no running statistics, of any channel.
     """
     name = "instance_norm"
+    call = None
+    if type(momentum) is float and skip_nonfinite is False:
+        call = name, input, weight, bias, residual, running_mean, running_var, use_input_stats, eps, act
+        known = direct.run(call, momentum if use_input_stats else None)
+        if known is not None:
+            return known
+    check_flag(name, "skip_nonfinite", skip_nonfinite)
     check_flag(name, "use_input_stats", use_input_stats)
     momentum = check_float(name, "momentum", momentum)
     check_input(name, input, 0)
@@ -301,28 +357,35 @@ def instance_norm(
     weight = check_parameter(name, "weight", weight, (channels,), input)
     bias = check_parameter(name, "bias", bias, (channels,), input)
     check_residual(name, residual, input)
+    if (
+        aten.exporting()
+        and not skip_nonfinite
+        and aten.takes_statistics(running_mean, input, use_input_stats, momentum)
+    ):
+        y = aten.batch_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, True)
+        return aten.finish(y, activation, residual)
     numel = input.numel()
     if numel == 0:
         return _empty(input, weight, bias, residual)
     if not use_input_stats:
         dense, found = _fit(input, problem.batch, activation, eps, True)
-        return _normalize(input, dense, found, weight, bias, residual, mean, var)[0]
+        return _normalize(input, dense, found, weight, bias, residual, mean, var, call=call)[0]
     dense, found = _fit(input, problem.instance, activation, eps)
     tracked = running_mean is not None
-    y, instance_mean, instance_var = _normalize(input, dense, found, weight, bias, residual, save=tracked)
+    # The moments lie in memory as samples and channels do.
+    order = problem.memory_order(dense.shape, dense.stride())
+    swapped = order.index(1) < order.index(0)
+    if tracked and swapped:
+        call = None
+    y, instance_mean, instance_var = _normalize(input, dense, found, weight, bias, residual, save=tracked, call=call)
     if running_mean is not None and running_var is not None:
-        # The moments lie in memory as samples and channels do.
-        order = problem.memory_order(dense.shape, dense.stride())
-        samples = int(order.index(1) < order.index(0))
-        sizes = (channels, batch) if samples else (batch, channels)
-        _update_running(
-            running_mean,
-            running_var,
-            instance_mean.view(sizes).mean(samples),
-            instance_var.view(sizes).mean(samples),
-            numel // (batch * channels),
-            momentum,
-        )
+        if swapped:
+            instance_mean, instance_var = (
+                m.view(channels, batch).t().reshape(-1) for m in (instance_mean, instance_var)
+            )
+        only = _all_finite(instance_mean, instance_var) if skip_nonfinite else None
+        count = numel // (batch * channels)
+        running.update(running_mean, running_var, instance_mean, instance_var, count, momentum, only)
     return y
 
 
@@ -337,7 +400,7 @@ def add_layer_norm(
     """layer_norm of input + residual, and that sum."""
     total = _sum("add_layer_norm", input, residual)
     eps = check_float("add_layer_norm", "eps", eps)
-    y = _layer_norm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, None, second=False)
+    y = _layer_norm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, None, False)
     return y, total
 
 

@@ -2,6 +2,7 @@
 # all of them; one that also asks for `case` runs the table: a backend listed in SETUPS inherits every test.
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,12 +13,20 @@ import pytest
 import torch
 from cases import CASES, Case, small, subset
 
+# Without a GPU the Triton kernels run in its interpreter, which must be turned on before anything imports Triton.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    import triton_interpreter  # noqa: F401
+
 import normkern
 from normkern.backends import BACKENDS
+from normkern.backends.triton import Triton
 
-STRATEGIES = ("automatic", "warp", "block", "split")
+STRATEGIES = ("automatic", "warp", "block", "cluster", "subgrid", "split")
 # Emulated kernels run a fiber per CUDA thread under an access checker: so many cases by default, the rest with --slow.
-EMULATED_CASES = {"automatic": 400, "warp": 100, "block": 100, "split": 150}
+EMULATED_CASES = {"automatic": 250, "warp": 80, "block": 100, "cluster": 100, "subgrid": 100, "split": 100}
+# Likewise Triton's interpreter, whose time goes by programs: kernels on small tensors.
+TRITON_CASES = {"triton": 200, "triton-split": 120}
+TRITON_LIMIT = 6_000
 # The largest share of its error bound that each backend used, for --bounds.
 USED: dict[tuple[str, str, str], float] = defaultdict(float)
 
@@ -37,8 +46,20 @@ class Setup:
     def emulated(self) -> bool:
         return self.name.startswith("emulated")
 
+    @property
+    def simulated(self) -> bool:
+        """What is meant for a GPU runs on the CPU, some thousand times slower."""
+        return self.emulated or self.interpreted
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name.startswith("triton") and self.device == "cpu"
+
     def cases(self) -> tuple[list[Case], list[Case]]:
         """Cases of the table that always run, and those for --slow."""
+        if self.interpreted:
+            always = subset(small(TRITON_LIMIT), TRITON_CASES[self.name], self.name)
+            return always, [c for c in small() if c not in always]
         if not self.emulated:
             return CASES, []
         strategy = self.name.removeprefix("emulated-")
@@ -65,6 +86,7 @@ def setups() -> Iterator[Setup]:
                 raise  # kernels that do not compile are no reason to skip
             missing = str(error)
         yield Setup(name, missing=missing)
+    BACKENDS["triton-split"] = Triton(split=True)
     if torch.cuda.is_available():
         yield Setup("native", "cuda", missing=BACKENDS["native"].why_not(torch.empty(1, device="cuda")))
         yield Setup("eager", "cuda")
@@ -79,6 +101,7 @@ SETUPS = list(setups())
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow; so does any -m")
+    parser.addoption("--large", action="store_true", help="also the tests that need 20 GiB of memory")
     parser.addoption(
         "--bounds", action="store_true", help="print how much of its error bound every backend used (not with -n)"
     )
@@ -109,11 +132,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow") or config.getoption("-m"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    off = {"slow", "large"} - {name for name in ("slow", "large") if config.getoption(f"--{name}")}
+    if config.getoption("-m"):
+        off.discard("slow")
+    unwanted = [item for item in items if any(item.get_closest_marker(name) for name in off)]
+    config.hook.pytest_deselected(items=unwanted)
+    items[:] = [item for item in items if not any(item.get_closest_marker(name) for name in off)]
 
 
 @pytest.fixture

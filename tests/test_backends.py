@@ -58,7 +58,8 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment}
+    # A new process is a user's: without the interpreter that conftest.py may have turned on.
+    environment = {**os.environ, "TRITON_INTERPRET": "", "PYTHONPATH": str(PACKAGE.parent), **environment}
     return subprocess.run(
         [sys.executable, "-c", code],
         env=environment,
@@ -137,11 +138,11 @@ def test_a_block_is_its_threads_own(spy: Spy) -> None:
 
 
 def test_unknown_names_list_what_exists() -> None:
-    with pytest.raises(ValueError, match=r"use_backend: name must be one of native, eager.*; got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"use_backend: name must be one of native, triton, eager.*; got 'cudnn'"):
         use_backend("cudnn")
     done = python("import torch, normkern; normkern.layer_norm(torch.ones(2, 4), (4,))", NORMKERN_BACKEND="cudnn")
     assert done.returncode != 0
-    assert "ValueError: NORMKERN_BACKEND: name must be one of native, eager; got 'cudnn'" in done.stderr
+    assert "ValueError: NORMKERN_BACKEND: name must be one of native, triton, eager; got 'cudnn'" in done.stderr
 
 
 def test_a_forced_backend_that_cannot_run_says_why(spy: Spy) -> None:

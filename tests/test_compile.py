@@ -208,6 +208,38 @@ def test_inductor(runs_on: str) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"skip_nonfinite": True}], ids=str)
+def test_batch_norm_with_symbolic_sizes(options: dict[str, Any]) -> None:
+    """Statistics, their count and gradients, for any batch and size, in one graph that is compiled once."""
+    module = normkern.nn.BatchNorm2d(6, act="relu", **options)
+    twin = copy.deepcopy(module)
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for step, (n, h) in enumerate(((3, 5), (4, 7), (2, 9))):
+        xs = [torch.randn(image(n, h), generator=torch.Generator().manual_seed(step)).requires_grad_() for _ in "ab"]
+        for f, x in zip((function, twin), xs, strict=True):
+            f(x).square().sum().backward()
+        torch.testing.assert_close(xs[0].grad, xs[1].grad)
+        torch.testing.assert_close(dict(module.state_dict()), dict(twin.state_dict()))
+        counts.append(counter.frame_count)
+    torch.testing.assert_close(module.weight.grad, twin.weight.grad)
+    assert counts == [counts[0]] * 3
+
+
+def test_frozen_statistics_are_seen_by_compiled_code() -> None:
+    module = normkern.nn.BatchNorm2d(6)
+    function = compiled(module, dynamic=False)
+    x = torch.randn(image(3, 5))
+    function(x)
+    before = module.running_mean.clone()  # type: ignore[union-attr,operator]
+    with normkern.frozen_running_stats(module):
+        function(x)
+    torch.testing.assert_close(module.running_mean, before, rtol=0, atol=0)
+    function(x)
+    assert int(module.num_batches_tracked) == 2  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("runs_on", RUNNABLE)
 def test_export(runs_on: str) -> None:
     class Block(torch.nn.Module):
@@ -251,6 +283,12 @@ def operator_calls(layout: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]
     }
 
 
+def statistics_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for batches in (1, 3):
+        moments = [torch.rand(6 * batches, dtype=torch.float64) for _ in range(2)]
+        yield torch.zeros(6, dtype=dtype), torch.ones(6, dtype=dtype), *moments, 12, 0.25
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -261,6 +299,21 @@ def test_opcheck(layout: str, dtype: torch.dtype) -> None:
         done = torch.library.opcheck(operator, arguments)
         assert set(done.values()) == {"SUCCESS"}, (name, done)
         assert len(done) == 4
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_opcheck_of_running_statistics(dtype: torch.dtype) -> None:
+    for arguments in statistics_calls(dtype):
+        done = torch.library.opcheck(torch.ops.normkern.update_running.default, arguments)
+        assert set(done.values()) == {"SUCCESS"}, done
+        mean, var, batch_mean, batch_var, count, momentum = [
+            a.clone() if isinstance(a, Tensor) else a for a in arguments
+        ]
+        torch.ops.normkern.update_running(mean, var, batch_mean, batch_var, count, momentum)
+        want_mean = 0.75 * 0 + momentum * batch_mean.view(-1, 6).mean(0)
+        want_var = 0.75 * 1 + momentum * batch_var.view(-1, 6).mean(0) * (count / (count - 1))
+        torch.testing.assert_close((mean, var), (want_mean.to(dtype), want_var.to(dtype)))
 
 
 @needs_native

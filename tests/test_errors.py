@@ -188,6 +188,46 @@ OWN = [
     bad("moments", "dim must not name a dimension twice", "(0, -4)", dim=(0, -4), ours=RuntimeError),
     bad("moments", "dim must be an int", "1.0", dim=1.0, ours=TypeError),
 ]
+# Extras of ours, on every norm: what follows the affine step.
+for make in (bad_group, bad_layer, bad_rms, bad_batch, bad_instance):
+    OWN += [
+        make("residual must have the shape of input", "(2, 6, 4, 1)", residual=image(2, 6, 4, 1), ours=ValueError),
+        make("residual must have the dtype of input", "torch.float16", residual=X.half(), ours=ValueError),
+        make("residual must be on the device of input", "meta", residual=X.to("meta"), ours=RuntimeError),
+        make("residual must be a Tensor", "list", residual=[0.0], ours=TypeError),
+        make("act must be one of None, relu, silu, gelu, leaky_relu", "'RELU'", act="RELU", ours=ValueError),
+        make("act must be a string or None", "1", act=1, ours=TypeError),
+    ]
+for make in (bad_batch, bad_instance):
+    OWN += [
+        make("skip_nonfinite must be a bool", "1", skip_nonfinite=1, ours=TypeError),
+        make("running_mean must be on the device", **running(running_mean=META), ours=RuntimeError),
+        make("running_var must not require gradients", **running(running_var=LEARNED), ours=RuntimeError),
+    ]
+for op in ("add_layer_norm", "add_rms_norm"):
+    OWN += [
+        bad(op, "normalized_shape must be the last", "(5,)", residual=X, normalized_shape=(5,), ours=RuntimeError),
+        bad(op, "normalized_shape must hold ints", residual=X, normalized_shape=(4.0,), ours=TypeError),
+        bad(op, "residual must have the dtype", residual=X.double(), normalized_shape=(4,), ours=ValueError),
+        bad(
+            op,
+            "input must be float64",
+            "int64",
+            input=X.long(),
+            residual=X,
+            normalized_shape=(4,),
+            ours=NotImplementedError,
+        ),
+        bad(op, "weight must have shape (4,)", residual=X, normalized_shape=(4,), weight=W5, ours=RuntimeError),
+        bad(op, "eps must be a float", residual=X, normalized_shape=(4,), eps="a", ours=TypeError),
+    ]
+OWN += [
+    bad("moments", "input must be a Tensor", "int", input=1, dim=0, ours=TypeError),
+    bad("moments", "input must be float64", "torch.int64", input=X.long(), dim=0, ours=NotImplementedError),
+    bad("moments", "dim must be in -4 to 3", "dim=-5", dim=(0, -5), ours=IndexError),
+    bad("moments", "dim must be an int", "None", dim=None, ours=TypeError),
+    bad("moments", "dim must be in -1 to 0", "dim=1", input=image(), dim=1, ours=IndexError),
+]
 TABLE = [*GROUP, *LAYER, *RMS, *BATCH, *INSTANCE]
 
 
@@ -243,8 +283,103 @@ def test_own_types(case: Bad) -> None:
 
 
 def test_the_table_is_large_and_has_every_norm() -> None:
-    assert len(TABLE) >= 40
+    assert len(TABLE) + len(OWN) + len(MODULE_CALLS) >= 150
     assert {case.op for case in TABLE} == {"batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm"}
+
+
+@pytest.mark.parametrize("case", TABLE + OWN, ids=name_of)
+def test_no_error_hides_behind_a_recognized_call(case: Bad) -> None:
+    """Right calls of the same norms came before, and small calls like them are recognized (normkern/direct.py)."""
+    for _ in range(2):
+        for f in (normkern.batch_norm, normkern.instance_norm):
+            f(X, torch.zeros(6), torch.ones(6), W6, W6)
+        normkern.batch_norm(X, torch.zeros(6), torch.ones(6), W6, W6, True)
+        normkern.instance_norm(X)
+        normkern.group_norm(X, 2, W6, W6)
+        normkern.layer_norm(X, (4,))
+        normkern.rms_norm(X, (4,))
+    again = error_of(lambda: getattr(normkern, case.op)(**case.arguments()))
+    assert again is not None
+    for part in case.says:
+        assert part in str(again)
+
+
+def call_module(name: str, *arguments: Any, on: torch.Tensor | None = None, **options: Any) -> Callable[[Any], Any]:
+    """Make the layer of that name in torch.nn or normkern.nn, and call it, if `on` is given."""
+
+    def call(layers: Any) -> Any:
+        layer = getattr(layers, name)(*arguments, **options)
+        return layer if on is None else layer(on)
+
+    return call
+
+
+# The same mistake with the stock layer raises the same type.
+MODULE_CALLS = {
+    "BatchNorm1d on 4-D": call_module("BatchNorm1d", 6, on=X),
+    "BatchNorm2d on 3-D": call_module("BatchNorm2d", 6, on=X[0]),
+    "BatchNorm3d on 4-D": call_module("BatchNorm3d", 6, on=X),
+    "BatchNorm2d of other channels": call_module("BatchNorm2d", 5, on=X),
+    "BatchNorm2d without weights, of other channels": call_module("BatchNorm2d", 5, on=X, affine=False),
+    "BatchNorm1d on one value": call_module("BatchNorm1d", 6, on=image(1, 6)),
+    "BatchNorm2d of ints": call_module("BatchNorm2d", 6, on=X.long()),
+    "BatchNorm2d of negative size": call_module("BatchNorm2d", -1),
+    "BatchNorm2d unknown keyword": call_module("BatchNorm2d", 6, nonsense=1),
+    "InstanceNorm1d on 4-D": call_module("InstanceNorm1d", 6, on=X),
+    "InstanceNorm2d on 2-D": call_module("InstanceNorm2d", 6, on=X[0, 0]),
+    "InstanceNorm3d on 3-D": call_module("InstanceNorm3d", 6, on=X[0]),
+    "InstanceNorm2d of other channels": call_module("InstanceNorm2d", 5, affine=True, on=X),
+    "InstanceNorm2d on one element": call_module("InstanceNorm2d", 6, on=image(2, 6, 1, 1)),
+    "GroupNorm that does not divide": call_module("GroupNorm", 4, 6),
+    "GroupNorm of other channels": call_module("GroupNorm", 2, 8, on=X),
+    "GroupNorm without a size": call_module("GroupNorm", 2),
+    "GroupNorm of ints": call_module("GroupNorm", 2, 6, affine=False, on=X.long()),
+    "LayerNorm of another width": call_module("LayerNorm", 5, on=X),
+    "LayerNorm of more dimensions": call_module("LayerNorm", (1, 2, 6, 4, 4), on=X),
+    "LayerNorm of a float": call_module("LayerNorm", 4.5),
+    "RMSNorm of another width": call_module("RMSNorm", 5, on=X),
+    "RMSNorm of ints": call_module("RMSNorm", 4, on=X.long()),
+}
+
+
+@pytest.mark.parametrize("name", MODULE_CALLS)
+def test_modules(name: str) -> None:
+    call = MODULE_CALLS[name]
+    theirs, mine = error_of(lambda: call(torch.nn)), error_of(lambda: call(normkern.nn))
+    assert theirs is not None
+    assert type(mine) is type(theirs), mine
+
+
+def test_a_failed_module_call_counts_no_batch() -> None:
+    layer = normkern.nn.BatchNorm2d(6)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    for bad_input in (X[0], X.long(), image(1, 6, 1, 1), image(2, 5, 4, 4)):
+        assert error_of(lambda bad_input=bad_input: layer(bad_input)) is not None
+    assert error_of(lambda: layer(X, residual=X[:1])) is not None
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+OPERATOR_CALLS = {
+    "channels": (torch.zeros(6), torch.ones(6), torch.zeros(7).double(), torch.zeros(7).double(), 4, 0.1),
+    "moments apart": (torch.zeros(6), torch.ones(6), torch.zeros(12).double(), torch.zeros(6).double(), 4, 0.1),
+    "var of another size": (torch.zeros(6), torch.ones(5), torch.zeros(6).double(), torch.zeros(6).double(), 4, 0.1),
+    "float32 moments": (torch.zeros(6), torch.ones(6), torch.zeros(6), torch.zeros(6), 4, 0.1),
+    "integers": (W6.long(), torch.ones(6), torch.zeros(6).double(), torch.zeros(6).double(), 4, 0.1),
+    "strided": (torch.zeros(12)[::2], torch.ones(6), torch.zeros(6).double(), torch.zeros(6).double(), 4, 0.1),
+    "no moments": (torch.zeros(6), torch.ones(6), torch.zeros(0).double(), torch.zeros(0).double(), 4, 0.1),
+    "one value": (torch.zeros(6), torch.ones(6), torch.zeros(6).double(), torch.zeros(6).double(), 1, 0.1),
+}
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.normkern, "update_running"), reason="the compiled library is not there")
+@pytest.mark.parametrize("name", OPERATOR_CALLS)
+def test_update_running_guards_memory(name: str) -> None:
+    arguments = OPERATOR_CALLS[name]
+    before = [t.clone() for t in arguments[:4]]  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="normkern: "):
+        torch.ops.normkern.update_running(*arguments)
+    for t, was in zip(arguments[:4], before, strict=True):
+        assert torch.equal(t, was)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("op", ["batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm"])
@@ -259,7 +394,8 @@ def test_signature_is_torchs(op: str) -> None:
     keyword_only = {
         p.name for p in inspect.signature(getattr(normkern, op)).parameters.values() if p.kind is p.KEYWORD_ONLY
     }
-    assert keyword_only == {"residual", "act"}
+    tracks = op in ("batch_norm", "instance_norm")
+    assert keyword_only == {"residual", "act"} | ({"skip_nonfinite"} if tracks else set())
 
 
 @pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])

@@ -48,7 +48,7 @@ def function_of(case: Case, backend: Setup) -> tuple[Callable[..., Tensor], dict
 def test_gradcheck(backend: Setup, norm: str, act: str | None) -> None:
     case = case_of(norm, act=act, residual="like" if act in ("silu", "relu") else None)
     f, leaves = function_of(case, backend)
-    fast = backend.emulated
+    fast = backend.simulated
     assert gradcheck(f, list(leaves.values()), fast_mode=fast)
     if act != "relu":  # one activation with a kink says as much as two
         assert gradgradcheck(f, list(leaves.values()), fast_mode=True)
@@ -57,7 +57,7 @@ def test_gradcheck(backend: Setup, norm: str, act: str | None) -> None:
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_gradcheck_with_given_moments(backend: Setup, norm: str) -> None:
     f, leaves = function_of(case_of(norm, training=False, act="gelu", residual="like"), backend)
-    assert gradcheck(f, list(leaves.values()), fast_mode=backend.emulated)
+    assert gradcheck(f, list(leaves.values()), fast_mode=backend.simulated)
     assert gradgradcheck(f, list(leaves.values()), fast_mode=True)
 
 

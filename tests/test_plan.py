@@ -20,6 +20,7 @@ from normkern._host import (
     Reduce,
     Request,
     Strategy,
+    Team,
     Walk,
     make_plan,
 )
@@ -66,10 +67,17 @@ def reduce_text(reduce: Reduce) -> str:
 
 
 def text(plan: Plan) -> str:
-    """Strategy, width and launches, as blocks x threads + shared memory; a reduction as walk/parts."""
+    """Strategy, width and launches, as blocks x threads + shared memory; a reduction as walk/parts. Of a team: its
+    blocks, threads along and down the lines, seats; walk by columns, sums of weights on the way, two stages."""
     parts = [f"{plan.strategy.name} v{plan.vec}"]
     if plan.fused.blocks:
-        parts.append(f"{plan.lanes} lanes {launch_text(plan.fused)}")
+        team = plan.team
+        marks = [mark for mark, on in (
+            ("columns", team.walk == Walk.columns), (f"sums by {team.weights.name}", team.weight_sums),
+            ("two stages", team.stages == 2),
+        ) if on]  # fmt: skip
+        shape = f"{team.blocks} x {team.width}x{team.lanes}" + (f" x {team.seats} seats" if team.seats > 1 else "")
+        parts += [" ".join([shape, *marks]), launch_text(plan.fused)]
     if plan.reduce.launch.blocks:
         parts.append(f"reduce {reduce_text(plan.reduce)}")
     if plan.map.blocks:
@@ -81,138 +89,173 @@ def text(plan: Plan) -> str:
 
 # The last two columns: bytes read and written, in tensors.
 GOLDEN = [
-    ("H200", layer(16384, 4096), "bf16", "forward", "block v8, 128 lanes 2112x128+8192", 1.0, 1.0),
-    (
-        "H200",
-        layer(16384, 4096),
-        "bf16",
-        "backward",
-        "block v8, 128 lanes 1584x128+16384, affine columns/33 528x256+20480",
-        4.02,
-        1.02,
-    ),
-    ("H200", layer(131072, 128), "bf16", "forward", "warp v8, 8 lanes 2112x128+4096", 1.0, 1.06),
-    (
-        "H200",
-        layer(65536, 1024),
-        "f16",
-        "backward",
-        "warp v8, 32 lanes 1584x128+16384, affine columns/132 528x256+20480",
-        4.03,
-        1.02,
-    ),
-    ("H200", layer(1_000_000, 8), "f32", "forward", "warp v4, 2 lanes 2112x128+2048", 1.0, 1.5),
-    ("H200", layer(8, 100_000), "f32", "forward", "split v4, reduce rows/13 104x512, map 782x256", 2.25, 1.0),
-    ("H200", layer(1, 100_000_000), "f32", "forward", "split v4, reduce rows/1056 1056x512, map 1056x256", 4.0, 1.0),
-    (
-        "H200",
-        layer(64, 1_000_003),
-        "f32",
-        "backward",
-        "split v4, reduce rows/17 1088x512, map 1056x256, affine columns/1 3969x256+12288",
-        6.03,
-        1.03,
-    ),
-    ("H100", layer(4096, 65536), "bf16", "forward", "block v8, 512 lanes 132x512+131072", 1.0, 1.0),
-    (
-        "H100",
-        layer(4096, 65536),
-        "bf16",
-        "backward",
-        "split v8, reduce rows/1 4096x512, map 1056x256, affine columns/3 768x256+20480",
-        6.01,
-        1.01,
-    ),
-    (
-        "H100",
-        layer(1024, 2049),
-        "bf16",
-        "backward",
-        "block v8, 96 lanes 1024x96+9216, affine columns/16 144x256+19456",
-        4.13,
-        1.13,
-    ),
-    ("A100", layer(4096, 65536), "bf16", "forward", "block v8, 512 lanes 108x512+131072", 1.0, 1.0),
-    ("A100", layer(4096, 131072), "f16", "forward", "split v8, reduce rows/1 4096x512, map 864x256", 2.0, 1.0),
-    ("B200", layer(4096, 8192), "f64", "forward", "block v2, 512 lanes 444x512+65536", 1.0, 1.0),
-    ("A100", group(2, 320, 4096, 32), "f16", "forward", "block v8, 512 lanes 64x512+81920", 1.0, 1.0),
-    ("L4", group(2, 320, 4096, 32), "f16", "forward", "block v8, 512 lanes 58x512+81920", 1.0, 1.0),
-    (
-        "L4",
-        group(2, 320, 4096, 32),
-        "f16",
-        "backward",
-        "split v8, reduce rows/3 192x512, map 464x256, affine rows/1 320x256",
-        6.0,
-        1.0,
-    ),
-    (
-        "H200",
-        group(1, 128, 1024 * 1024, 32),
-        "bf16",
-        "forward",
-        "split v8, reduce rows/33 1056x512, map 1056x256",
-        2.0,
-        1.0,
-    ),
-    (
-        "H200",
-        group(2, 320, 4096, 320),
-        "f32",
-        "backward",
-        "block v4, 256 lanes 640x256+32768, affine rows/1 320x512",
-        4.0,
-        1.0,
-    ),
-    (
-        "H200",
-        group_last(2, 320, 4096, 32),
-        "bf16",
-        "forward",
-        "split v8, reduce columns/43 172x256+36864, map 1056x256",
-        2.13,
-        1.13,
-    ),
-    (
-        "B200",
-        group_last(2, 320, 4096, 32),
-        "bf16",
-        "backward",
-        "split v8, reduce columns/43 172x256+19456, map 1184x256, affine columns/86 172x256+19456",
-        6.17,
-        1.17,
-    ),
-    ("H100", group_last(16, 1280, 64, 32), "bf16", "forward", "block v8, 96 lanes 512x96+6144", 1.0, 1.0),
-    ("H200", batch(256, 64, 3136), "bf16", "forward", "split v8, reduce rows/17 1088x512, map 1056x256", 2.0, 1.0),
-    ("H200", batch(256, 2048, 49), "bf16", "backward", "block v8, 448 lanes 396x448+57344", 2.0, 1.0),
-    (
-        "B200",
-        batch_last(256, 64, 3136),
-        "bf16",
-        "forward",
-        "split v8, reduce columns/592 592x256+38912, map 1184x256",
-        2.01,
-        1.01,
-    ),
-    (
-        "A100",
-        batch_last(256, 64, 3136),
-        "bf16",
-        "backward",
-        "split v8, reduce columns/432 432x256+20480, map 864x256",
-        4.0,
-        1.0,
-    ),
-    (
-        "L4",
-        batch_last(32, 3, 50176),
-        "f32",
-        "backward",
-        "split v4, reduce columns/232 232x256+12288, map 464x256",
-        4.0,
-        1.0,
-    ),
-]
+    ("H200", layer(16384, 4096), "bf16", "forward",
+     "block v8, 1 x 128x1, 2112x128+8192", 1.0, 1.0),
+    ("H200", layer(16384, 4096), "bf16", "backward",
+     "block v8, 1 x 128x1 sums by column two stages, 264x128+65536", 2.07, 1.06),
+    ("H200", layer(131072, 128), "bf16", "forward",
+     "warp v8, 1 x 8x1 x 16 seats, 2112x128+4096", 1.0, 1.06),
+    ("H200", layer(65536, 1024), "f16", "backward",
+     "warp v8, 1 x 32x1 x 4 seats sums by column two stages, 264x128+65536", 2.02, 1.02),
+    ("H200", layer(1_000_000, 8), "f32", "forward",
+     "warp v4, 1 x 2x1 x 64 seats, 2112x128+2048", 1.0, 1.5),
+    ("H200", layer(8, 100_000), "f32", "forward",
+     "cluster v4, 8 x 512x1, 64x512+57376", 1.25, 1.0),
+    ("H200", layer(1, 100_000_000), "f32", "forward",
+     "split v4, reduce rows/1056 1056x512, map 1056x256", 4.0, 1.0),
+    ("H200", layer(64, 1_000_003), "f32", "backward",
+     "subgrid v4, 132 x 480x1 sums by column, 132x480+122048", 2.06, 1.06),
+    ("H100", layer(4096, 65536), "bf16", "forward",
+     "cluster v8, 4 x 512x1, 528x512+32800", 1.0, 1.0),
+    ("H100", layer(4096, 65536), "bf16", "backward",
+     "cluster v8, 8 x 256x1 sums by column, 264x256+98336", 2.03, 1.03),
+    ("H100", layer(1024, 2049), "bf16", "backward",
+     "cluster v8, 2 x 64x1 sums by column, 192x64+14432", 2.38, 1.38),
+    ("A100", layer(4096, 65536), "bf16", "forward",
+     "block v8, 1 x 512x1, 108x512+131072", 1.0, 1.0),
+    ("A100", layer(4096, 131072), "f16", "forward",
+     "subgrid v8, 2 x 512x1, 108x512+131072", 1.0, 1.0),
+    ("B200", layer(4096, 8192), "f64", "forward",
+     "cluster v2, 2 x 512x1, 592x512+32800", 1.0, 1.0),
+    ("A100", group(2, 320, 4096, 32), "f16", "forward",
+     "block v8, 1 x 512x1, 64x512+81920", 1.0, 1.0),
+    ("L4", group(2, 320, 4096, 32), "f16", "forward",
+     "block v8, 1 x 512x1, 58x512+81920", 1.0, 1.0),
+    ("L4", group(2, 320, 4096, 32), "f16", "backward",
+     "subgrid v8, 2 x 256x2 sums by line, 58x512+83360", 2.0, 1.0),
+    ("H200", group(1, 128, 1024 * 1024, 32), "bf16", "forward",
+     "subgrid v8, 44 x 512x1, 132x512+196608", 1.0, 1.0),
+    ("H200", group(2, 320, 4096, 320), "f32", "backward",
+     "block v4, 1 x 256x1 sums by line, 640x256+32912", 2.0, 1.0),
+    ("H200", group_last(2, 320, 4096, 32), "bf16", "forward",
+     "cluster v8, 8 x 5x51 columns, 128x256+69696", 1.0, 1.0),
+    ("B200", group_last(2, 320, 4096, 32), "bf16", "backward",
+     "cluster v8, 8 x 5x51 columns sums by column, 128x256+115392", 2.01, 1.01),
+    ("H100", group_last(16, 1280, 64, 32), "bf16", "forward",
+     "block v8, 1 x 5x51 columns, 512x256+32704", 1.0, 1.0),
+    ("H200", batch(256, 64, 3136), "bf16", "forward",
+     "cluster v8, 8 x 32x16, 128x512+213024", 1.0, 1.0),
+    ("H200", batch(256, 2048, 49), "bf16", "backward",
+     "block v8, 1 x 7x36 columns sums by group, 264x256+89856", 2.0, 1.0),
+    ("B200", batch_last(256, 64, 3136), "bf16", "forward",
+     "split v8, reduce columns/592 592x256+38912, map 1184x256", 2.01, 1.01),
+    ("A100", batch_last(256, 64, 3136), "bf16", "backward",
+     "split v8, reduce columns/432 432x256+20480, map 864x256", 4.0, 1.0),
+    ("L4", batch_last(32, 3, 50176), "f32", "backward",
+     "split v4, reduce columns/232 232x256+12288, map 464x256", 4.0, 1.0),
+    ("H200", layer(1_000_000, 64), "bf16", "forward",
+     "warp v8, 1 x 8x1 x 16 seats, 2112x128+2048", 1.0, 1.12),
+    ("H200", layer(1_000_000, 64), "bf16", "backward",
+     "warp v8, 1 x 8x1 x 64 seats sums by column two stages, 264x512+65536", 2.13, 1.0),
+    ("H200", layer(64, 1_000_000), "bf16", "forward",
+     "subgrid v8, 9 x 512x1, 126x512+229376", 1.03, 1.0),
+    ("H200", layer(64, 1_000_000), "bf16", "backward",
+     "subgrid v8, 66 x 480x1 sums by column, 132x480+182656", 2.16, 1.16),
+    ("H200", layer(1024, 12288), "bf16", "forward",
+     "block v8, 1 x 384x1, 660x384+24576", 1.0, 1.0),
+    ("H200", layer(1024, 12288), "bf16", "backward",
+     "cluster v8, 2 x 192x1 sums by column, 192x192+73760", 2.38, 1.38),
+    ("H200", layer(8192, 8192), "bf16", "forward",
+     "block v8, 1 x 256x1, 1056x256+16384", 1.0, 1.0),
+    ("H200", layer(8192, 8192), "bf16", "backward",
+     "block v8, 1 x 256x1 sums by column two stages, 132x256+131072", 2.07, 1.06),
+    ("H200", layer(4096, 131072), "bf16", "forward",
+     "cluster v8, 8 x 512x1, 528x512+32800", 1.0, 1.0),
+    ("H200", layer(4096, 131072), "bf16", "backward",
+     "cluster v8, 8 x 512x1 sums by column, 128x512+196640", 2.02, 1.02),
+    ("H200", layer(16384, 1000), "bf16", "forward",
+     "warp v8, 1 x 32x1 x 4 seats, 2112x128+8192", 1.0, 1.01),
+    ("H200", layer(16384, 1000), "bf16", "backward",
+     "warp v8, 1 x 32x1 x 4 seats sums by column two stages, 264x128+64768", 2.07, 1.06),
+    ("H200", group(2, 1280, 64, 32), "bf16", "forward",
+     "block v8, 1 x 8x12, 64x96+6144", 1.02, 1.0),
+    ("H200", group(2, 1280, 64, 32), "bf16", "backward",
+     "block v8, 1 x 8x12 sums by line, 64x96+13568", 2.08, 1.08),
+    ("H200", group(2, 320, 16384, 32), "bf16", "forward",
+     "cluster v8, 4 x 512x1, 256x512+81952", 1.0, 1.0),
+    ("H200", group(2, 320, 16384, 32), "bf16", "backward",
+     "cluster v8, 8 x 256x2 sums by line, 264x512+83392", 2.0, 1.0),
+    ("H200", group(16, 320, 4096, 32), "bf16", "forward",
+     "block v8, 1 x 512x1, 264x512+81920", 1.0, 1.0),
+    ("H200", group(16, 320, 4096, 32), "bf16", "backward",
+     "cluster v8, 2 x 256x2 sums by line, 264x512+83392", 2.0, 1.0),
+    ("H200", group(1, 512, 65536, 32), "bf16", "forward",
+     "subgrid v8, 10 x 64x8, 130x512+212992", 1.0, 1.0),
+    ("H200", group(1, 512, 65536, 32), "bf16", "backward",
+     "subgrid v8, 22 x 128x4 sums by line, 132x512+197888", 2.0, 1.0),
+    ("H200", group(1, 128, 20 * 65536, 32), "bf16", "forward",
+     "subgrid v8, 66 x 512x1, 132x512+163840", 1.0, 1.0),
+    ("H200", group(1, 128, 20 * 65536, 32), "bf16", "backward",
+     "subgrid v8, 132 x 256x2 sums by line, 132x512+164416", 2.0, 1.0),
+    ("H200", group(32, 64, 49, 64), "bf16", "forward",
+     "warp v8, 1 x 8x1 x 16 seats, 128x128+2048", 1.0, 1.16),
+    ("H200", group(32, 64, 49, 64), "bf16", "backward",
+     "warp v8, 1 x 8x1 x 16 seats, 128x128+4096, affine columns/1 13x256+20480", 4.29, 1.12),
+    ("H200", group_last(2, 320, 4096, 32), "bf16", "backward",
+     "cluster v8, 8 x 5x51 columns sums by column, 128x256+115392", 2.01, 1.01),
+    ("H200", group_last(16, 640, 1024, 32), "bf16", "forward",
+     "block v8, 1 x 5x51 columns, 256x256+110528", 1.0, 1.0),
+    ("H200", group_last(16, 640, 1024, 32), "bf16", "backward",
+     "cluster v8, 2 x 5x51 columns sums by column, 132x256+115328", 2.0, 1.0),
+    ("H200", group_last(1, 512, 65536, 32), "bf16", "forward",
+     "subgrid v8, 22 x 4x64 columns, 132x256+217088", 1.0, 1.0),
+    ("H200", group_last(1, 512, 65536, 32), "bf16", "backward",
+     "subgrid v8, 44 x 4x64 columns sums by column, 132x256+221696", 2.0, 1.0),
+    ("H200", group_last(2, 96, 4096, 32), "bf16", "forward",
+     "cluster v8, 8 x 6x42 columns, 32x256+78080", 1.0, 1.0),
+    ("H200", group_last(2, 96, 4096, 32), "bf16", "backward",
+     "cluster v8, 8 x 6x42 columns sums by column, 32x256+132096", 2.01, 1.01),
+    ("H200", group_last(2, 128, 4096, 1), "bf16", "forward",
+     "cluster v8, 8 x 512x1, 16x512+131104", 1.0, 1.0),
+    ("H200", group_last(2, 128, 4096, 1), "bf16", "backward",
+     "cluster v8, 16 x 512x1, 32x512+131104, affine columns/64 64x256+20480", 4.06, 1.06),
+    ("H200", group_last(2, 63, 400, 3), "bf16", "forward",
+     "cluster v8, 4 x 7x32 columns, 16x224+35904", 1.0, 1.0),
+    ("H200", group_last(2, 63, 400, 3), "bf16", "backward",
+     "cluster v8, 8 x 7x32 columns sums by column, 32x224+36576", 2.09, 1.09),
+    ("H200", batch(256, 64, 12544), "bf16", "forward",
+     "subgrid v8, 33 x 64x8, 132x512+204800", 1.0, 1.0),
+    ("H200", batch(256, 64, 12544), "bf16", "backward",
+     "subgrid v8, 66 x 128x4 sums by group, 132x512+212992", 2.0, 1.0),
+    ("H200", batch(256, 256, 3136), "bf16", "forward",
+     "cluster v8, 8 x 32x16, 128x512+213024", 1.0, 1.0),
+    ("H200", batch(256, 256, 3136), "bf16", "backward",
+     "subgrid v8, 16 x 32x16 sums by group, 128x512+212992", 2.0, 1.0),
+    ("H200", batch(256, 512, 784), "bf16", "forward",
+     "cluster v8, 4 x 128x4, 132x512+131104", 1.0, 1.0),
+    ("H200", batch(256, 512, 784), "bf16", "backward",
+     "cluster v8, 8 x 128x4 sums by group, 128x512+131104", 2.0, 1.0),
+    ("H200", batch(256, 1024, 196), "bf16", "forward",
+     "block v8, 1 x 32x16, 132x512+131072", 1.0, 1.0),
+    ("H200", batch(256, 1024, 196), "bf16", "backward",
+     "cluster v8, 2 x 32x16 sums by group, 132x512+131104", 2.0, 1.0),
+    ("H200", batch_last(256, 128, 784), "bf16", "forward",
+     "subgrid v8, 66 x 4x64 columns, 132x256+221184", 1.0, 1.0),
+    ("H200", batch_last(256, 128, 784), "bf16", "backward",
+     "subgrid v8, 132 x 4x64 columns sums by group, 132x256+221184", 2.0, 1.0),
+    ("H200", batch_last(256, 1024, 196), "bf16", "forward",
+     "subgrid v8, 16 x 4x64 columns, 128x256+225280", 1.0, 1.0),
+    ("H200", batch_last(256, 1024, 196), "bf16", "backward",
+     "subgrid v8, 33 x 4x64 columns sums by group, 132x256+221184", 2.0, 1.0),
+    ("H200", batch_last(256, 2048, 49), "bf16", "forward",
+     "cluster v8, 8 x 8x32 columns, 128x256+227328", 1.0, 1.0),
+    ("H200", batch_last(256, 2048, 49), "bf16", "backward",
+     "subgrid v8, 8 x 4x64 columns sums by group, 128x256+229376", 2.0, 1.0),
+    ("A100", group(1, 512, 65536, 32), "f16", "forward",
+     "subgrid v8, 13 x 128x4, 104x512+163840", 1.0, 1.0),
+    ("A100", group(1, 512, 65536, 32), "f16", "backward",
+     "subgrid v8, 27 x 64x8 sums by line, 108x512+164608", 2.0, 1.0),
+    ("A100", batch(256, 128, 784), "f16", "forward",
+     "subgrid v8, 4 x 128x4, 108x512+131072", 1.0, 1.0),
+    ("A100", batch(256, 128, 784), "f16", "backward",
+     "subgrid v8, 7 x 128x4 sums by group, 105x512+163840", 2.0, 1.0),
+    ("B200", batch(256, 128, 784), "f64", "forward",
+     "cluster v2, 8 x 32x16, 144x512+213024", 1.0, 1.0),
+    ("L4", layer(1_000_000, 64), "f32", "backward",
+     "warp v4, 1 x 8x1 x 64 seats sums by column two stages, 58x512+98304", 2.06, 1.0),
+    ("B200", layer(1024, 12288), "f32", "backward",
+     "cluster v4, 4 x 192x1 sums by column, 296x192+49184", 2.15, 1.15),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("chip", "pair", "dtype", "pass_", "expected", "read", "written"), GOLDEN)
@@ -250,7 +293,7 @@ def gpus(draw: st.DrawFn) -> Gpu:
                 smem_per_block=st.just(shared),
                 smem_per_sm=st.just(shared + 1024),
                 l2_bytes=st.just(1 << 20),
-                max_cluster=st.just(1),
+                max_cluster=st.sampled_from([1, 4, 8, 16]),
             ),
         )
     )
@@ -266,9 +309,26 @@ def requests() -> st.SearchStrategy[Request]:
     )
 
 
-def slots_in_run(cols: int, vec: int) -> int:
-    """Aligned chunks of `vec` that a run of `cols` can touch, wherever in the buffer a run of that length begins."""
-    return max((begin + cols - 1) // vec - begin // vec + 1 for begin in (k * cols % vec for k in range(vec)))
+def check_team(p: Problem, plan: Plan, request: Request, gpu: Gpu) -> None:
+    """Limits of the chip, and room for every access of a block; csrc/tests/test_plan.cpp follows each element."""
+    team, d, threads = plan.team, p.stats.simplify(), plan.team.width * plan.team.lanes
+    assert team.blocks == 1 or plan.strategy in (Strategy.cluster, Strategy.subgrid)
+    assert team.cluster == (plan.strategy == Strategy.cluster)
+    assert team.blocks <= gpu.max_cluster or not team.cluster
+    assert plan.fused.blocks == team.teams * team.blocks
+    assert plan.fused.threads == -(-threads * team.seats // 32) * 32
+    assert threads in (1, 2, 4, 8, 16, 32) or team.seats == 1, "lanes that merge are a power of two"
+    assert team.teams * team.seats < d.groups() + team.seats, "no team without a group"
+    if plan.strategy == Strategy.subgrid:
+        per_sm = min(gpu.smem_per_sm // (plan.fused.shared + 2048), 2048 // plan.fused.threads, 32)
+        assert plan.fused.blocks <= max(per_sm, 1) * gpu.sms, "all at once"
+    size, streams = SIZES[p.dtype], 2 if request.pass_ == Pass.backward else 1
+    if team.walk == Walk.columns:
+        assert team.columns % d.cols == 0, "whole groups"
+        unit = d.rows * team.columns
+    else:
+        unit = d.rows * d.cols
+    assert plan.fused.shared * team.blocks >= unit * size * streams * team.seats * team.stages, "all of it on the chip"
 
 
 @settings(max_examples=400, deadline=None)
@@ -298,14 +358,7 @@ def test_every_plan(pair: Pair, dtype: DType, moments: Moments, request: Request
     assert (plan.reduce.launch.blocks > 0) == (split and moments != Moments.given)
     assert (plan.map.blocks > 0) == (split and request.pass_ != Pass.moments)
     if not split:
-        streams = 2 if request.pass_ == Pass.backward else 1
-        slots = stats.rows * slots_in_run(stats.cols, plan.vec)
-        per_block = plan.fused.threads // plan.lanes
-        assert plan.fused.threads % plan.lanes == 0
-        assert plan.lanes == plan.fused.threads or plan.lanes in (1, 2, 4, 8, 16, 32)
-        assert per_block * plan.fused.blocks < groups + per_block  # no block without a group
-        staged = slots * plan.vec * SIZES[dtype] * streams * per_block
-        assert plan.fused.shared >= staged, "every slot of every group of a block has its place"
+        check_team(p, plan, request, gpu)
 
     backward = request.pass_ == Pass.backward
     result = 16 if backward else 24
@@ -318,6 +371,7 @@ def test_every_plan(pair: Pair, dtype: DType, moments: Moments, request: Request
             assert reduce.workspace_bytes == 0
     assert plan.workspace_bytes >= plan.reduce.workspace_bytes + plan.affine.workspace_bytes
     if split and request.pass_ != Pass.moments:
+        assert plan.team == Team()
         arrays = 5 if backward else 3
         assert plan.workspace_bytes >= arrays * groups * (8 if dtype == DType.f64 else 4)
     # Partials stay small beside what the chip must read anyway, or beside one result for every element of a line.
@@ -328,8 +382,31 @@ def test_every_plan(pair: Pair, dtype: DType, moments: Moments, request: Request
     assert plan.bytes_read >= read * tensor
     assert plan.bytes_written >= written * tensor
     if not split and plan.affine.launch.blocks == 0:
-        side = 2 * p.affine.groups() * 8 * 2 + 2 * groups * 8
+        side = 2 * p.affine.groups() * 8 * 2 + 2 * groups * 8 + plan.workspace_bytes
         assert plan.bytes_read <= read * tensor + side, "one read"
+        assert plan.bytes_written <= written * tensor + side
+
+
+BIG_AND_SMALL = (
+    layer(16384, 4096), layer(1_000_000, 64), layer(64, 1_000_000), layer(1024, 12288), layer(16384, 1000),
+    group(2, 320, 4096, 32), group(16, 320, 16384, 32), group(1, 512, 65536, 32), group(1, 128, 20 * 65536, 32),
+    group_last(2, 320, 4096, 32), group_last(16, 640, 1024, 32), group_last(8, 96, 4096, 32),
+    batch(256, 64, 12544), batch(256, 256, 3136), batch(256, 512, 784), batch(256, 1024, 196), batch(256, 2048, 49),
+    batch_last(256, 256, 196), batch_last(256, 1024, 196), batch_last(256, 2048, 49),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pass_", [Pass.forward, Pass.backward])
+def test_one_read(pass_: Pass) -> None:
+    """What networks run in bfloat16 is read once on an H200, dweight and dbias included: the floor of bytes, and a few
+    per cent for what teams leave behind."""
+    for pair in BIG_AND_SMALL:
+        plan = make_plan(problem(pair, DType.bf16), Request(pass_=pass_, affine_grads=pass_ == Pass.backward), H200)
+        tensor, reads = math.prod(pair[0]) * 2, 2 if pass_ == Pass.backward else 1
+        groups = problem(pair, DType.bf16).stats.groups()
+        assert plan.strategy != Strategy.split, pair
+        assert plan.affine.launch.blocks == 0, pair
+        assert plan.bytes_read - 16 * groups <= (reads + 0.4) * tensor, pair
 
 
 @pytest.mark.parametrize("dtype", list(DType))

@@ -8,6 +8,7 @@
 #include "../core/plan.h"
 #include "../cpu/entry.h"
 #include "build_info.h"
+#include "direct.h"
 
 namespace py = pybind11;
 using namespace normkern;
@@ -116,7 +117,12 @@ void bind_enums(py::module_& m) {
                       {{"automatic", Strategy::automatic},
                        {"warp", Strategy::warp},
                        {"block", Strategy::block},
+                       {"cluster", Strategy::cluster},
+                       {"subgrid", Strategy::subgrid},
                        {"split", Strategy::split}});
+  bind_enum<Weights>(
+      m, "Weights",
+      {{"none", Weights::none}, {"group", Weights::group}, {"line", Weights::line}, {"column", Weights::column}});
   bind_enum<Walk>(m, "Walk", {{"rows", Walk::rows}, {"columns", Walk::columns}});
 }
 
@@ -171,7 +177,12 @@ void bind_plans(py::module_& m) {
               Field{"shared", &Launch::shared});
   bind_record(m, "Reduce", Field{"walk", &Reduce::walk}, Field{"parts", &Reduce::parts},
               Field{"launch", &Reduce::launch}, Field{"workspace_bytes", &Reduce::workspace_bytes});
-  bind_record(m, "Plan", Field{"strategy", &Plan::strategy}, Field{"vec", &Plan::vec}, Field{"lanes", &Plan::lanes},
+  bind_record(m, "Team", Field{"walk", &Team::walk}, Field{"weights", &Team::weights},
+              Field{"weight_sums", &Team::weight_sums}, Field{"blocks", &Team::blocks},
+              Field{"by_lines", &Team::by_lines}, Field{"cluster", &Team::cluster}, Field{"width", &Team::width},
+              Field{"lanes", &Team::lanes}, Field{"seats", &Team::seats}, Field{"stages", &Team::stages},
+              Field{"columns", &Team::columns}, Field{"teams", &Team::teams});
+  bind_record(m, "Plan", Field{"strategy", &Plan::strategy}, Field{"vec", &Plan::vec}, Field{"team", &Plan::team},
               Field{"fused", &Plan::fused}, Field{"map", &Plan::map}, Field{"reduce", &Plan::reduce},
               Field{"affine", &Plan::affine}, Field{"workspace_bytes", &Plan::workspace_bytes},
               Field{"bytes_read", &Plan::bytes_read}, Field{"bytes_written", &Plan::bytes_written});
@@ -197,10 +208,11 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Geometry, launch plans and facts of the build, without torch.";
+  m.doc() = "Geometry, launch plans, facts of the build and small calls on the CPU, without torch.";
   bind_enums(m);
   bind_geometry(m);
   bind_plans(m);
   m.attr("build_info") = build_info();
   m.def("cpu_instruction_set", &cpu::instruction_set);
+  if (bind::add_direct(m.ptr()) != 0) throw py::error_already_set();
 }

@@ -19,6 +19,7 @@ struct Cpu {
   static void run(const Problem& p, const ForwardArgs& a, const Tensor&) { cpu::forward(p, a, threads()); }
   static void run(const Problem& p, const BackwardArgs& a, const Tensor&) { cpu::backward(p, a, threads()); }
   static void run(const Problem& p, const MomentsArgs& a, const Tensor&) { cpu::moments(p, a, threads()); }
+  static void run(const RunningArgs& a, const Tensor&) { cpu::update_running(a); }
 };
 
 }  // namespace
@@ -36,6 +37,12 @@ STABLE_TORCH_LIBRARY(normkern, library) {
       "SymInt[] stats, SymInt[] affine, int moments, int act, float eps, int needs) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
   library.def("moments(Tensor x, SymInt[] stats, int moments) -> (Tensor mean, Tensor var)");
+  library.def(
+      "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, SymInt count, "
+      "float momentum) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(normkern, CPU, library) { normkern::bind::implement<normkern::bind::Cpu>(library); }
+STABLE_TORCH_LIBRARY_IMPL(normkern, CPU, library) {
+  normkern::bind::implement<normkern::bind::Cpu>(library);
+  library.impl("update_running", TORCH_BOX(&normkern::bind::update_running<normkern::bind::Cpu>));
+}

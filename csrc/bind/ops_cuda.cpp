@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 #include "../cuda/entry.h"
 #include "torch_cuda.h"
@@ -28,7 +29,8 @@ Gpu describe(int device) {
   gpu.smem_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   gpu.smem_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   gpu.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
-  gpu.max_cluster = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 ? 8 : 1;  // 8 is portable
+  // Beyond the portable 8, resident() asks the device before a launch.
+  gpu.max_cluster = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 ? kLargestCluster : 1;
   return gpu;
 }
 
@@ -47,10 +49,36 @@ const Gpu& gpu_of(int device) {
 Strategy requested_strategy() {
   const char* name = std::getenv("NORMKERN_STRATEGY");
   if (!name || !*name) return Strategy::automatic;
-  if (!std::strcmp(name, "warp")) return Strategy::warp;
-  if (!std::strcmp(name, "block")) return Strategy::block;
-  STD_TORCH_CHECK(!std::strcmp(name, "split"), "normkern: NORMKERN_STRATEGY must be warp, block or split; got ", name);
-  return Strategy::split;
+  constexpr std::pair<const char*, Strategy> known[] = {{"warp", Strategy::warp},
+                                                        {"block", Strategy::block},
+                                                        {"cluster", Strategy::cluster},
+                                                        {"subgrid", Strategy::subgrid},
+                                                        {"split", Strategy::split}};
+  for (const auto& [label, strategy] : known)
+    if (!std::strcmp(name, label)) return strategy;
+  STD_TORCH_CHECK(false, "normkern: NORMKERN_STRATEGY must be warp, block, cluster, subgrid or split; got ", name);
+  return Strategy::automatic;
+}
+
+// Multiprocessors left to others, such as collectives that run beside: NORMKERN_SM_MARGIN.
+int margin() {
+  static const int value = [] {
+    const char* text = std::getenv("NORMKERN_SM_MARGIN");
+    return text ? std::atoi(text) : 0;
+  }();
+  return value;
+}
+
+// A plan whose blocks find room on the device as it is now, or one that needs none at once.
+Plan plan_for(const Problem& p, Request request, int device) {
+  Gpu gpu = gpu_of(device);
+  gpu.sms = int(clamp(int64_t(gpu.sms) - margin(), 1, gpu.sms));
+  const Plan plan = make_plan(p, request, gpu);
+  bool fits = true;
+  check(cuda::resident(p, plan, request.pass, fits), "cannot ask the device for room");
+  if (fits) return plan;
+  request.strategy = Strategy::split;
+  return make_plan(p, request, gpu);
 }
 
 bool aligned(std::initializer_list<const void*> buffers) {
@@ -75,10 +103,16 @@ struct Cuda {
   static void run(const Problem& p, const Args& a, const Tensor& x) {
     const int device = x.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    const Plan plan = make_plan(p, request_of(a), gpu_of(device));
+    const Plan plan = plan_for(p, request_of(a), device);
     // From torch's caching allocator: it may be handed out again at once, but only to later work on this stream.
     const Tensor workspace = new_vector(x, plan.workspace_bytes, aoti_torch_dtype_uint8());
     check(launch(p, plan, a, data_or_null(workspace), current_cuda_stream(device)), "launch failed");
+  }
+
+  static void run(const RunningArgs& a, const Tensor& of) {
+    const int device = of.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check(cuda::update_running(a, current_cuda_stream(device)), "launch failed");
   }
 
   static int launch(const Problem& p, const Plan& plan, const ForwardArgs& a, void* workspace, void* stream) {
@@ -95,4 +129,7 @@ struct Cuda {
 }  // namespace
 }  // namespace normkern::bind
 
-STABLE_TORCH_LIBRARY_IMPL(normkern, CUDA, library) { normkern::bind::implement<normkern::bind::Cuda>(library); }
+STABLE_TORCH_LIBRARY_IMPL(normkern, CUDA, library) {
+  normkern::bind::implement<normkern::bind::Cuda>(library);
+  library.impl("update_running", TORCH_BOX(&normkern::bind::update_running<normkern::bind::Cuda>));
+}

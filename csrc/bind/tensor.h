@@ -214,6 +214,38 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Extents& stats, int64_
   return {saved.mean, saved.var};
 }
 
+// mean and var are float64 with a whole number of batches of running_mean.numel() channels each.
+template <class Device>
+void update_running(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var, int64_t count,
+                    double momentum) {
+  const auto running = [&](const Tensor& t, const char* name) {
+    check_same_device(t, running_mean, name);
+    STD_TORCH_CHECK(t.numel() == running_mean.numel() && t.is_contiguous(), "normkern: ", name,
+                    " must be contiguous with ", running_mean.numel(), " elements; got ", t.numel());
+    return Grad{t.mutable_data_ptr(), dtype_of(t, name)};
+  };
+  const auto moments = [&](const Tensor& t, const char* name) {
+    check_same_device(t, running_mean, name);
+    STD_TORCH_CHECK(torch_dtype(t) == aoti_torch_dtype_float64() && t.is_contiguous() && t.numel() == mean.numel(),
+                    "normkern: ", name, " must be contiguous float64 with ", mean.numel(), " elements");
+    return static_cast<const double*>(t.const_data_ptr());
+  };
+  const int64_t channels = running_mean.numel();
+  STD_TORCH_CHECK(channels > 0 && mean.numel() > 0 && mean.numel() % channels == 0,
+                  "normkern: mean must hold batches of ", channels, " channels; got ", mean.numel(), " elements");
+  STD_TORCH_CHECK(count > 1, "normkern: count must be at least 2; got ", count);
+  RunningArgs a;
+  a.mean = running(running_mean, "running_mean");
+  a.var = running(running_var, "running_var");
+  a.batch_mean = moments(mean, "mean");
+  a.batch_var = moments(var, "var");
+  a.batch = mean.numel() / channels;
+  a.channels = channels;
+  a.count = double(count);
+  a.momentum = momentum;
+  Device::run(a, running_mean);
+}
+
 template <class Device>
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("forward", TORCH_BOX(&forward<Device>));

@@ -46,4 +46,14 @@ struct MomentsArgs {
   double* var_out = nullptr;   // [stats.groups()]
 };
 
+// running = (1 - momentum) * running + momentum * moment; a variance counts as count / (count - 1) times itself.
+struct RunningArgs {
+  Grad mean, var;                      // [channels], read and written
+  const double* batch_mean = nullptr;  // [batch * channels]; of several batches the average counts
+  const double* batch_var = nullptr;   // [batch * channels], biased
+  int64_t batch = 1, channels = 0;
+  double count = 0;  // elements behind each moment
+  double momentum = 0;
+};
+
 }  // namespace normkern

@@ -6,6 +6,7 @@
 
 #include "accumulate.h"
 #include "problem.h"
+#include "walk.h"
 
 namespace normkern {
 
@@ -20,8 +21,10 @@ struct Gpu {
 
 enum class Pass : int32_t { forward, backward, moments };
 
-// automatic lets make_plan choose; a named strategy is taken where the problem allows it, else split.
-enum class Strategy : int32_t { automatic, warp, block, split };
+// Who holds a group while it is read once: a warp or part of one, a block, a cluster of blocks, or a sub-grid: blocks
+// of a cooperative launch. split reads twice and takes any size. automatic lets make_plan choose; a named strategy is
+// taken where the problem and the chip allow it, else split.
+enum class Strategy : int32_t { automatic, warp, block, cluster, subgrid, split };
 
 struct Request {
   Pass pass = Pass::forward;
@@ -29,10 +32,6 @@ struct Request {
   bool affine_grads = false;  // backward: dweight or dbias is wanted
   Strategy strategy = Strategy::automatic;
 };
-
-// Who walks a group of a reduction: `rows`: threads along the runs of one group; `columns`: neighbouring threads on
-// neighbouring groups, for runs too short to fill a vector.
-enum class Walk : int32_t { rows, columns };
 
 struct Launch {
   int64_t blocks = 0;
@@ -47,84 +46,20 @@ struct Reduce {
   int64_t workspace_bytes = 0;
 };
 
-// strategy warp or block: `fused` does everything that the statistics domain decides in one read; split: `reduce`,
-// then `map`. `affine` is the reduction of dweight and dbias where it is a launch of its own.
+// strategy split: `reduce`, then `map`; any other: `fused` does everything that the statistics domain decides in one
+// read, dweight and dbias too unless `affine`, their reduction, is a launch of its own.
 struct Plan {
   Strategy strategy = Strategy::split;
-  int vec = 1;    // elements an access moves: 16 bytes' worth, or 1
-  int lanes = 0;  // threads that share a group in `fused`
+  int vec = 1;  // elements an access moves: 16 bytes' worth, or 1
+  Team team;
   Launch fused, map;
   Reduce reduce, affine;
   int64_t workspace_bytes = 0;
   int64_t bytes_read = 0, bytes_written = 0;  // of device memory, moments and parameters included
 };
 
-// ---- geometry that planner, launcher and kernels share
-
-constexpr int kAccessBytes = 16;    // the widest access of a thread
-constexpr int kFusedThreads = 512;  // most threads of a block, by kernel: their __launch_bounds__
-constexpr int kReduceThreads = 512;
-constexpr int kColumnThreads = 256;
-constexpr int kMapThreads = 256;
 constexpr int64_t kStaticShared = 2048;  // what kernels may use beside dynamic shared memory
 constexpr int64_t kAlign = 256;          // of every part of the workspace
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-constexpr int64_t clamp(int64_t value, int64_t low, int64_t high) {
-  return value < low ? low : value > high ? high : value;
-}
-constexpr int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
-
-constexpr int64_t compute_size(DType t) { return t == DType::f64 ? 8 : 4; }
-
-// A slot is what one access of one thread covers of a run: an aligned chunk of the buffer, cut off where the run begins
-// and ends. A run that does not fill whole chunks may touch one chunk more, depending on where it begins.
-constexpr int64_t slots_in_run(int64_t cols, int64_t vec) {
-  return cols % vec == 0 ? cols / vec : (cols + vec - 2) / vec + 1;
-}
-constexpr int64_t slots_in_group(const Domain& d, int64_t vec) { return d.rows * slots_in_run(d.cols, vec); }
-
-// Runs shorter than this are read across groups, by columns: four sectors of device memory, one cache line.
-constexpr int64_t kRunBytes = 128;
-
-constexpr Walk walk_of(const Domain& d, DType t) {
-  return d.cols * size_of(t) < kRunBytes && d.count() != d.numel() ? Walk::columns : Walk::rows;
-}
-
-// The form of a domain that a reduction walks. Short groups side by side are one line of columns.
-constexpr Domain reduced(const Domain& domain, DType t) {
-  const Domain d = simplify(domain);
-  if (d.rows == 1 && walk_of(d, t) == Walk::columns) return {1, 1, d.groups(), d.cols};
-  return d;
-}
-
-// How a block lies on the lines of a reduction by columns: `width` threads side by side own `columns` neighbouring
-// elements of a line, whole groups; `lanes` such rows of threads stand on consecutive lines.
-struct Tile {
-  int64_t columns = 1, tiles = 1;  // tiles to a line
-  int width = 1, lanes = 1;
-
-  constexpr int threads() const { return int(round_up(width * lanes, 32)); }
-};
-
-constexpr Tile tile_of(const Domain& d, int vec) {
-  const int64_t line = d.keep * d.cols, common = gcd(line, vec);
-  const bool whole_lines = common == vec;
-  int64_t unit = d.cols;  // a tile is a multiple of it: of whole groups and, where lines allow it, of whole accesses
-  if (whole_lines && d.cols / gcd(d.cols, vec) * vec <= kColumnThreads) unit = d.cols / gcd(d.cols, vec) * vec;
-  const bool whole_tiles = whole_lines && unit % vec == 0;
-  const int64_t most = (whole_tiles ? kColumnThreads : kColumnThreads - vec) / unit * unit;
-  Tile tile;
-  tile.tiles = ceil_div(line, most);
-  tile.columns = clamp(round_up(ceil_div(line, tile.tiles), unit), unit, most);
-  tile.tiles = ceil_div(line, tile.columns);
-  tile.width = int(whole_tiles ? tile.columns / vec : (tile.columns + vec - 2) / vec + 1);
-  // A thread's lines are `lanes` apart; that must keep its place within an access, so that its columns stay the same.
-  const int64_t period = vec / common;
-  tile.lanes = int(clamp(kColumnThreads / tile.width, 1, round_up(d.rows, period)) / period * period);
-  return tile;
-}
 
 // ---- the planner
 
@@ -172,38 +107,182 @@ constexpr Reduce plan_reduce(const Domain& domain, DType t, int vec, int values,
   return reduce;
 }
 
-constexpr int power_of_two_from(int64_t n) {
-  int power = 1;
-  while (power < n) power *= 2;
-  return power;
-}
+// ---- fused plans. Every k...Bytes and the limits beside them are from a byte count on paper: untuned.
 
-// Warp: 1 to 32 threads a group, several groups a block; block: a block a group. `streams` tensors are staged in
-// shared memory, one access of each thread after the other, so that a thread reads only what it wrote.
-constexpr Plan plan_fused(const Plan& plan, const Domain& d, DType t, int streams, Strategy strategy, const Gpu& gpu) {
-  Plan fused = plan;
-  const int64_t slots = slots_in_group(d, plan.vec);
-  fused.strategy = strategy;
-  if (strategy == Strategy::warp) {
-    // Eight lanes side by side fill a cache line; beyond that a lane takes four accesses, all in flight.
-    const int64_t lanes = slots <= 8 ? slots : clamp(ceil_div(slots, 4), 8, 32);
-    fused.lanes = power_of_two_from(lanes);
-    fused.fused.threads = 128;
-  } else {
-    fused.fused.threads = int(clamp(round_up(ceil_div(slots, 4), 32), 64, kFusedThreads));
-    fused.lanes = fused.fused.threads;
+constexpr int64_t kWarpBytes = 4096;         // of a group that a warp takes
+constexpr int64_t kRowBytes = 32 * 1024;     // staged by a block for a row whose elements all have weights of their own
+constexpr int64_t kShareBytes = 128 * 1024;  // staged by a block for other groups
+constexpr int64_t kSmallShareBytes = 16 * 1024;  // so little is not shared out further, however idle the chip is
+constexpr int64_t kSlabBytes = 128, kNarrowSlabBytes = 64;  // of a line that a block owns in a walk by columns
+constexpr int kPortableCluster = 8, kLargestCluster = 16;
+
+constexpr int streams_of(Pass pass) { return pass == Pass::backward ? 2 : 1; }
+
+// Rows of threads and their width for `lines` lines of `slots` slots: the pair that leaves the fewest threads idle.
+constexpr void lay_out(Team& team, int64_t lines, int64_t slots, int64_t threads) {
+  if (slots <= 32) {
+    team.width = int(power_of_two_from(slots));
+    team.lanes = int(threads / team.width);
+    return;
   }
-  const int64_t per_block = fused.fused.threads / fused.lanes, access = plan.vec * size_of(t);
-  fused.fused.shared = round_up(ceil_div(slots, fused.lanes) * fused.fused.threads * access * streams, kAccessBytes);
-  const int64_t resident = resident_blocks(gpu, fused.fused.threads, fused.fused.shared);
-  fused.fused.blocks = clamp(ceil_div(d.groups(), per_block), 1, resident * gpu.sms);
-  return fused;
+  int64_t best = INT64_MAX;
+  for (int64_t lanes = 1; lanes <= threads / 32 && lanes <= lines; ++lanes) {
+    const int64_t width = threads / lanes / 32 * 32;
+    const int64_t cost = ceil_div(lines, lanes) * ceil_div(slots, width) * lanes * width * 512 / (lanes * width + 64);
+    if (cost >= best) continue;
+    best = cost;
+    team.width = int(width);
+    team.lanes = int(lanes);
+  }
 }
 
-// The parts of the workspace, as offsets. Tickets and partials of each reduction come first; then per-group arrays in
+// Runs in which a team of this strategy walks groups, and what has a weight of its own there.
+constexpr Walk fused_walk(const Problem& p, Strategy strategy) {
+  const Domain d = simplify(p.stats);
+  const bool narrow = d.cols * size_of(p.dtype) < kRunBytes || weights_of(p) == Weights::column;
+  return d.rows > 1 && d.cols <= kSlabColumns && narrow && strategy != Strategy::warp ? Walk::columns : Walk::rows;
+}
+
+constexpr Weights fused_weights(const Problem& p, Strategy strategy) {
+  const Weights weights = weights_of(p);
+  const bool mixed = simplify(p.stats).rows > 1 && fused_walk(p, strategy) == Walk::rows;
+  return weights == Weights::column && mixed ? Weights::none : weights;
+}
+
+// Whether a team could add up dweight and dbias on its way.
+constexpr bool sums_weights(const Problem& p, const Request& request, Strategy strategy) {
+  const Weights weights = fused_weights(p, strategy);
+  if (request.pass != Pass::backward || !request.affine_grads) return false;
+  return weights != Weights::none && !(weights == Weights::line && strategy == Strategy::warp);
+}
+
+// `blocks` share a unit, whose lines (walk by columns) are `slab` bytes long.
+constexpr Plan plan_fused(const Problem& p, const Request& request, int vec, Strategy strategy, int blocks,
+                          int64_t slab, bool sums, const Gpu& gpu) {
+  const Domain d = simplify(p.stats);
+  const Weights weights = fused_weights(p, strategy);
+  const int64_t size = size_of(p.dtype);
+  const int streams = streams_of(request.pass);
+  Plan plan;
+  plan.strategy = strategy;
+  plan.vec = vec;
+  Team& team = plan.team;
+  team.walk = fused_walk(p, strategy);
+  team.weights = weights;
+  team.weight_sums = sums;
+  team.blocks = blocks;
+  team.cluster = strategy == Strategy::cluster;
+  int64_t threads = 0;
+  if (team.walk == Walk::columns) {
+    const Tile tile = tile_of(d, vec, slab / size, kSlabThreads);
+    team.columns = tile.columns;
+    team.width = tile.width;
+    team.lanes = tile.lanes;
+    team.by_lines = true;
+    threads = tile.threads();
+  }
+  const Units units = units_of(p, team.walk, weights, team.columns);
+  team.columns = units.columns;
+  if (team.walk == Walk::rows) {
+    team.by_lines = d.rows > 1 && d.rows >= 2 * blocks;
+    const int64_t lines = team.block_lines(units), slots = team.slots(units, vec), all = lines * slots;
+    if (strategy == Strategy::warp) {
+      // Eight lanes side by side fill a cache line; beyond that a lane takes four accesses, all in flight.
+      const int64_t seat = power_of_two_from(all <= 8 ? all : clamp(ceil_div(all, 4), 8, 32));
+      team.width = int(least(power_of_two_from(slots), seat));
+      team.lanes = int(seat / team.width);
+      threads = sums && weights == Weights::column ? 512 : 128;
+      // Sums of columns lie in shared memory beside the elements, for every seat.
+      while (threads > 128 && threads / seat * units.columns * (2 * compute_size(p.dtype) + 4 * size) > 96 * 1024)
+        threads /= 2;
+      team.seats = int(threads / seat);
+    } else {
+      lay_out(team, lines, slots, clamp(round_up(ceil_div(all, 4), 32), 64, kFusedThreads));
+      threads = team.threads();
+    }
+  }
+  plan.fused.threads = int(threads);
+  // Few blocks that walk many units must have the next one on its way.
+  const bool rows = sums && weights != Weights::group;
+  if (rows && weights == Weights::column && blocks == 1) team.stages = 2;
+  plan.fused.shared = fused_memory(units, team, p.dtype, vec, streams, plan.fused.threads).bytes;
+  if (team.stages == 2 && plan.fused.shared + kStaticShared > gpu.smem_per_block) {
+    team.stages = 1;
+    plan.fused.shared = fused_memory(units, team, p.dtype, vec, streams, plan.fused.threads).bytes;
+  }
+
+  // Blocks walk neighbouring units, as many as fill the chip; each leaves sums of weights behind, so their number is
+  // bounded where there are such sums.
+  const int64_t room = resident_blocks(gpu, plan.fused.threads, plan.fused.shared) * gpu.sms;
+  int64_t teams = most(room / blocks, 1);
+  const int64_t bound = 2 * int64_t(gpu.sms);
+  if (rows && units.beside == 1) {
+    // What they leave behind, two numbers written and read, is at most a quarter of what they read.
+    const int64_t quarter = 3 * units.batch * size / (16 * compute_size(p.dtype));
+    teams = least(teams, most(least(bound / blocks, most(quarter, gpu.sms / 4)), 1));
+  }
+  team.teams = least(teams, ceil_div(units.count(), team.seats));
+  if (rows && units.beside > 1) {
+    const int64_t shortest = ceil_div(units.batch, most(bound / blocks - 1, 1));
+    team.teams = least(team.teams, most(units.count() / shortest, 1));
+  }
+  plan.fused.blocks = team.teams * blocks;
+  return plan;
+}
+
+// Whether the chip has room for a fused plan and each block of a team a share of every unit.
+constexpr bool fits(const Problem& p, const Plan& plan, const Gpu& gpu) {
+  const Team& t = plan.team;
+  if (plan.fused.shared + kStaticShared > gpu.smem_per_block) return false;
+  const Units u = units_of(p, t.walk, t.weights, t.columns);
+  if (most(u.count() + t.seats, 2 * most(u.lines, u.columns)) > INT32_MAX) return false;  // kernels count in int
+  if (t.blocks > 1 && (t.by_lines ? u.lines : u.columns / plan.vec) < t.blocks) return false;
+  if (plan.strategy == Strategy::cluster) return t.blocks <= gpu.max_cluster;
+  const int64_t room = resident_blocks(gpu, plan.fused.threads, plan.fused.shared) * gpu.sms;
+  return plan.strategy != Strategy::subgrid || plan.fused.blocks <= room;
+}
+
+// With the sums of the weights in the same launch if they fit; split if nothing does.
+constexpr Plan try_fused(const Problem& p, const Request& request, int vec, Strategy strategy, int blocks, int64_t slab,
+                         const Gpu& gpu) {
+  const bool sums = sums_weights(p, request, strategy);
+  const Plan plan = plan_fused(p, request, vec, strategy, blocks, slab, sums, gpu);
+  if (fits(p, plan, gpu)) return plan;
+  if (sums) {
+    const Plan apart = plan_fused(p, request, vec, strategy, blocks, slab, false, gpu);
+    if (fits(p, apart, gpu)) return apart;
+  }
+  Plan split;
+  split.vec = vec;
+  return split;
+}
+
+// As few blocks a team as hold a unit, then as many as the chip has left.
+constexpr Plan try_subgrid(const Problem& p, const Request& request, int vec, int64_t least_blocks, const Gpu& gpu) {
+  const bool possible = sums_weights(p, request, Strategy::subgrid);
+  const auto with = [&](int64_t blocks, bool sums) {
+    return plan_fused(p, request, vec, Strategy::subgrid, int(blocks), kNarrowSlabBytes, sums, gpu);
+  };
+  const int64_t sms = gpu.sms, room = 32 * sms;
+  for (int apart = possible ? 0 : 1; apart < 2; ++apart)
+    for (int64_t blocks = most(least_blocks, 2); blocks <= room; blocks += 1 + blocks / 32) {
+      const bool sums = apart == 0;
+      const Plan plan = with(blocks, sums);
+      if (!fits(p, plan, gpu)) continue;
+      if (plan.fused.blocks >= sms) return plan;
+      const Plan wider = with(sms / (plan.fused.blocks / blocks), sums);
+      return fits(p, wider, gpu) ? wider : plan;
+    }
+  Plan split;
+  split.vec = vec;
+  return split;
+}
+
+// The parts of the workspace, as offsets. For fused plans: tickets and barriers, what the blocks of sub-grids tell each
+// other, and rows of sums for the weights. Then tickets and partials of each reduction; then per-group arrays in
 // compute type: the mean in two parts and 1/std, which `map` and `affine` read, and the two averages of backward.
 struct Workspace {
-  int64_t reduce = 0, affine = 0, arrays = 0, array_bytes = 0, bytes = 0;
+  int64_t boxes = 0, rows = 0, reduce = 0, affine = 0, arrays = 0, array_bytes = 0, bytes = 0;
 };
 
 constexpr int kMomentArrays = 3, kAverageArrays = 2;
@@ -212,6 +291,15 @@ constexpr Workspace workspace_of(const Problem& p, const Plan& plan, Pass pass) 
   const bool split = plan.strategy == Strategy::split && pass != Pass::moments;
   const bool affine = plan.affine.launch.blocks > 0;
   Workspace w;
+  if (plan.strategy != Strategy::split) {
+    const Team& t = plan.team;
+    const Units u = units_of(p, t.walk, t.weights, t.columns);
+    const WeightRows rows = weight_rows(u, t);
+    const int64_t teams = plan.strategy == Strategy::subgrid ? t.teams : 0;
+    w.boxes = ticket_bytes(rows.tickets + teams);
+    w.rows = w.boxes + round_up(teams * 2 * t.blocks * u.groups * kSumsBytes, kAlign);
+    w.reduce = w.rows + round_up(rows.rows * p.affine.groups() * 2 * compute_size(p.dtype), kAlign);
+  }
   w.affine = w.reduce + plan.reduce.workspace_bytes;
   w.arrays = w.affine + plan.affine.workspace_bytes;
   w.array_bytes = round_up(p.stats.groups() * compute_size(p.dtype), kAlign);
@@ -225,21 +313,69 @@ constexpr bool sums_shared(const Problem& p) {
   return p.moments != Moments::given && simplify(p.stats) == simplify(p.affine);
 }
 
-constexpr Strategy choose_strategy(const Problem& p, const Request& request, int vec, const Gpu& gpu) {
-  if (p.moments == Moments::given || request.strategy == Strategy::split) return Strategy::split;
+// The fused plan for a named strategy, or the best by size and number of groups; split where there is none.
+constexpr Plan choose_fused(const Problem& p, const Request& request, int vec, const Gpu& gpu) {
+  Plan split;
+  split.vec = vec;
+  if (p.moments == Moments::given || request.strategy == Strategy::split) return split;
   const Domain d = simplify(p.stats);
-  const int streams = request.pass == Pass::backward ? 2 : 1;
-  const int64_t limit = gpu.smem_per_block - kStaticShared;
-  Plan plan;
-  plan.vec = vec;
-  const bool warp = plan_fused(plan, d, p.dtype, streams, Strategy::warp, gpu).fused.shared <= limit;
-  const bool block = plan_fused(plan, d, p.dtype, streams, Strategy::block, gpu).fused.shared <= limit;
-  if (request.strategy == Strategy::warp) return warp ? Strategy::warp : Strategy::split;
-  if (request.strategy == Strategy::block) return block ? Strategy::block : Strategy::split;
-  constexpr int64_t kWarpBytes = 4096, kFusedRunBytes = 64;  // to be tuned on a GPU
-  if (d.rows > 1 && d.cols * size_of(p.dtype) < kFusedRunBytes) return Strategy::split;
-  if (warp && d.count() * size_of(p.dtype) <= kWarpBytes) return Strategy::warp;
-  return block ? Strategy::block : Strategy::split;
+  const int64_t size = size_of(p.dtype), streams = streams_of(request.pass), staged = d.count() * size * streams;
+  const auto with = [&](Strategy strategy, int blocks, int64_t slab = kSlabBytes) {
+    return try_fused(p, request, vec, strategy, blocks, slab, gpu);
+  };
+  // A few blocks even where one would do, if they were asked for.
+  const int64_t asked = clamp(slots_in_group(d, vec) / 16, 2, 6);
+  switch (request.strategy) {
+    case Strategy::warp:
+    case Strategy::block: return with(request.strategy, 1);
+    case Strategy::cluster: {
+      int blocks = int(power_of_two_from(asked));
+      Plan plan = with(Strategy::cluster, blocks);
+      while (blocks > 2 && plan.strategy == Strategy::split) plan = with(Strategy::cluster, blocks /= 2);
+      for (blocks = kPortableCluster; blocks <= kLargestCluster && plan.strategy == Strategy::split; blocks *= 2)
+        plan = with(Strategy::cluster, blocks);
+      return plan;
+    }
+    case Strategy::subgrid: {
+      Plan plan = try_subgrid(p, request, vec, asked, gpu);
+      return plan.strategy == Strategy::split ? try_subgrid(p, request, vec, 2, gpu) : plan;
+    }
+    default: break;
+  }
+  const Weights weights = weights_of(p);
+  const bool by_line = weights == Weights::line && request.pass == Pass::backward && request.affine_grads;
+  const bool warp = d.rows == 1 && d.count() * size <= kWarpBytes && (!by_line || d.count() * size < 1024);
+  if (warp) {
+    const Plan plan = with(Strategy::warp, 1);
+    if (plan.strategy == Strategy::warp) return plan;
+  }
+  // Lines too short to fill accesses are read whole by `split`, whatever group their elements belong to.
+  if (d.rows > 1 && d.keep * d.cols * size < kNarrowSlabBytes) return split;
+
+  const bool row = weights == Weights::column && d.rows == 1;
+  const int64_t wanted = 7 * int64_t(gpu.sms) / 4, share_limit = row ? kRowBytes : kShareBytes;
+  Plan widest = split;
+  for (int blocks = 1; blocks <= kPortableCluster && blocks <= gpu.max_cluster; blocks *= 2) {
+    const Plan plan = with(blocks == 1 ? Strategy::block : Strategy::cluster, blocks);
+    if (plan.strategy == Strategy::split) continue;
+    widest = plan;
+    const Units u = units_of(p, plan.team.walk, plan.team.weights, plan.team.columns);
+    const int64_t share = staged * u.groups / blocks;
+    // Teams are few where their sums for the weights would cost too much: then each has more blocks.
+    const bool filled = plan.fused.blocks >= gpu.sms || plan.team.teams * plan.team.seats >= u.count();
+    const bool enough = share <= kSmallShareBytes || u.count() * blocks >= wanted;
+    if (share <= share_limit && filled && enough) return plan;
+  }
+  const int64_t tensor = d.numel() * size;
+  constexpr int64_t kSubgridTensorBytes = 16 << 20;  // below, barriers cost more than idle multiprocessors
+  if (widest.strategy != Strategy::split && (widest.fused.blocks * 2 >= gpu.sms || tensor < kSubgridTensorBytes))
+    return widest;
+  for (int blocks = kPortableCluster; blocks <= kLargestCluster && widest.strategy == Strategy::split; blocks *= 2)
+    widest = with(Strategy::cluster, blocks, kNarrowSlabBytes);
+  if (widest.strategy != Strategy::split && tensor < kSubgridTensorBytes) return widest;
+  const int64_t slab = d.rows > 1 ? most(kNarrowSlabBytes / (d.cols * size), 1) : 1;
+  const Plan plan = try_subgrid(p, request, vec, ceil_div(staged * slab, gpu.smem_per_block), gpu);
+  return plan.strategy == Strategy::split ? widest : plan;
 }
 
 // The bytes a plan moves, residual left out, weight and bias counted in the dtype of x.
@@ -262,6 +398,11 @@ constexpr void count_bytes(const Problem& p, const Request& request, Plan& plan)
   }
   if (plan.reduce.launch.blocks > 0) reduction(plan.reduce);
   if (affine) reduction(plan.affine);
+  if (!split) {
+    const int64_t side = workspace_of(p, plan, request.pass).reduce;
+    plan.bytes_read += side;
+    plan.bytes_written += side;
+  }
   const bool needs_x = !backward || !given || p.act != Act::none;
   plan.bytes_read += (backward ? 1 + int64_t(needs_x) : 1) * tensor + params;
   plan.bytes_written += tensor;
@@ -275,9 +416,7 @@ constexpr void count_bytes(const Problem& p, const Request& request, Plan& plan)
 
 constexpr Plan make_plan(const Problem& p, const Request& request, const Gpu& gpu) {
   const bool backward = request.pass == Pass::backward, moments = request.pass == Pass::moments;
-  Plan plan;
-  plan.vec = request.aligned ? int(kAccessBytes / size_of(p.dtype)) : 1;
-  plan.strategy = choose_strategy(p, request, plan.vec, gpu);
+  Plan plan = choose_fused(p, request, request.aligned ? int(kAccessBytes / size_of(p.dtype)) : 1, gpu);
   constexpr int kMomentValues = 4, kSumValues = 2;  // of ShiftedMoments, and of two sums
   const auto reduction = [&](const Domain& d) {
     return backward ? plan_reduce(d, p.dtype, plan.vec, kSumValues, sizeof(Sums), gpu)
@@ -290,10 +429,9 @@ constexpr Plan make_plan(const Problem& p, const Request& request, const Gpu& gp
       const int64_t chunks = ceil_div(p.stats.numel(), plan.vec);
       plan.map.blocks = clamp(ceil_div(chunks, kMapThreads), 1, 8 * gpu.sms);
     }
-  } else {
-    plan = plan_fused(plan, simplify(p.stats), p.dtype, backward ? 2 : 1, plan.strategy, gpu);
   }
-  if (backward && request.affine_grads && !sums_shared(p)) plan.affine = reduction(p.affine);
+  const bool sums = plan.strategy == Strategy::split ? sums_shared(p) : plan.team.weight_sums;
+  if (backward && request.affine_grads && !sums) plan.affine = reduction(p.affine);
   plan.workspace_bytes = workspace_of(p, plan, request.pass).bytes;
   count_bytes(p, request, plan);
   return plan;

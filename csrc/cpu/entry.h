@@ -15,6 +15,7 @@ struct Threads {
 void forward(const Problem& p, const ForwardArgs& a, const Threads& threads);
 void backward(const Problem& p, const BackwardArgs& a, const Threads& threads);
 void moments(const Problem& p, const MomentsArgs& a, const Threads& threads);
+void update_running(const RunningArgs& a);
 
 // "baseline", "avx2" or "avx512" (x86-64), "neon" (aarch64): chosen at load, or by NORMKERN_CPU.
 const char* instruction_set();

@@ -12,6 +12,8 @@ template <class T>
 int backward_of(const Problem&, const Plan&, const BackwardArgs&, void* workspace, void* stream);
 template <class T>
 int moments_of(const Problem&, const Plan&, const MomentsArgs&, void* workspace, void* stream);
+template <class T>
+int resident_of(const Problem&, const Plan&, Pass, bool& yes);
 
 namespace {
 
@@ -49,6 +51,11 @@ int moments(const Problem& p, const Plan& plan, const MomentsArgs& a, void* work
   return with_element(p.dtype, [&](auto element) {
     return moments_of<typename decltype(element)::Type>(p, plan, a, workspace, stream);
   });
+}
+
+int resident(const Problem& p, const Plan& plan, Pass pass, bool& yes) {
+  return with_element(p.dtype,
+                      [&](auto element) { return resident_of<typename decltype(element)::Type>(p, plan, pass, yes); });
 }
 
 }  // namespace normkern::cuda

@@ -14,4 +14,11 @@ int forward(const Problem& p, const Plan& plan, const ForwardArgs& a, void* work
 int backward(const Problem& p, const Plan& plan, const BackwardArgs& a, void* workspace, void* stream);
 int moments(const Problem& p, const Plan& plan, const MomentsArgs& a, void* workspace, void* stream);
 
+// Moves running statistics of a batch or instance norm; needs no workspace.
+int update_running(const RunningArgs& a, void* stream);
+
+// Whether the current device can hold the blocks that `plan` needs at the same time. Where it cannot, the caller plans
+// again with Strategy::split; the planner knows the chip's size, not what else takes room on it.
+int resident(const Problem& p, const Plan& plan, Pass pass, bool& yes);
+
 }  // namespace normkern::cuda

@@ -1,207 +1,180 @@
-// fused.cuh: a whole norm in one read, for groups that fit into the shared memory of a block.
+// fused.cuh: forward of a whole norm in one read, for units that a team (team.cuh) can hold in shared memory.
 //
-// `lanes` threads share a group: 1 to 32 of a warp, several groups to a block, or the whole block. Shared memory only
-// extends each thread's registers: a thread reads what it copied itself, so no barrier is needed but the one in the
-// sums, and neighbouring threads lie on neighbouring 16 bytes. One kernel serves every size up to the chip's limit.
+// Shared memory only extends each thread's registers: a thread reads what it copied itself, so no barrier is needed but
+// those in the sums, and neighbouring threads lie on neighbouring 16 bytes. By rows, all elements of a thread belong to
+// one group; by columns (C), each of its V columns has a group of its own, the same all the way down the lines.
 #pragma once
 
-#include "map.cuh"
-#include "merge.cuh"
+#include "team.cuh"
 
 namespace normkern::cuda {
 
-// The group and the slots of one thread.
-struct Seat {
-  int lanes, lane, per_block, place;  // place: which of the block's groups
+// Copies units into shared memory ahead of the computation: one ahead where there are two stages.
+template <class T, int V, class Copy>
+class Stager {
+ public:
+  NK_DEVICE Stager(Seat<T, V>& seat, int stages, Copy copy)
+      : seat_(seat), copy_(copy), ahead_(stages == 2 ? 1 : 0), left_(seat.rounds()) {
+    coming_ = bring(0);
+  }
+  // The next unit and where its elements are; waits for them.
+  NK_DEVICE Spot take(Vec<T, V>*& at) {
+    if (!ahead_ && taken_ > 0) coming_ = bring(0);
+    const Spot now = coming_;
+    const int stage = ahead_ & taken_++;
+    at = seat_.staged(stage);
+    if (ahead_) {
+      coming_ = bring(stage ^ 1);
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    return now;
+  }
 
-  static NK_DEVICE Seat of(int lanes) {
-    const int thread = int(threadIdx.x);
-    return {lanes, thread % lanes, int(blockDim.x) / lanes, thread / lanes};
+ private:
+  NK_DEVICE Spot bring(int stage) {
+    Spot s;
+    if (left_-- > 0) {
+      s = seat_.next();
+      seat_.each(s, seat_.staged(stage), [&](int, const Chunk& c, Vec<T, V>* at) { copy_(c, at); });
+    }
+    copy_async_commit();
+    return s;
   }
-  // Valid in every thread of the group. Lanes without a group must take part.
-  NK_DEVICE Sums sum(const Sums& s, int& round) const {
-    return lanes <= kWarp ? merge_lanes(s, lanes) : merge_block(s, round);
-  }
+
+  Seat<T, V>& seat_;
+  Copy copy_;
+  int ahead_, left_, taken_ = 0;
+  Spot coming_;
 };
 
 template <class T, int V>
 struct FusedForward {
   const T* x;
   T* y;  // null: moments alone
-  Runs<V> runs;
+  Teams teams;
   Affine<T> affine;
-  double count, eps;
+  double eps;
   bool second;
   double *mean_out, *var_out;
-  int lanes;
 };
 
-template <class T, int V>
-__global__ void __launch_bounds__(kFusedThreads, 1) fused_forward(const FusedForward<T, V> f) {
+template <class T, int V, bool C>
+__global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_forward(const FusedForward<T, V> f) {
   using A = Compute<T>;
   using Access = Vec<T, V>;
-  NK_DYNAMIC_SHARED(Access, staged);
-  const Seat seat = Seat::of(f.lanes);
-  const int threads = int(blockDim.x);
-  int round = 0;
-  for (int64_t first = int64_t(blockIdx.x) * seat.per_block; first < f.runs.groups();
-       first += int64_t(gridDim.x) * seat.per_block) {
-    const int64_t group = first + seat.place, begin = f.runs.begin(group);
-    const int slots = group < f.runs.groups() ? int(f.runs.slots()) : 0;
-    Access* const mine = staged + threadIdx.x;
-    // visit(chunk, access) for each of this thread's slots
-    const auto each = [&](auto visit) {
-      Access* at = mine;
-      for (int slot = seat.lane; slot < slots; slot += seat.lanes, at += threads) {
-        const Chunk c = f.runs.chunk(begin, slot);
-        if (c.n > 0) visit(c, *at);
-      }
-    };
-    each([&](const Chunk& c, Access& access) { stage_chunk<T, V>(&access, f.x, c); });
-    // Any value of the group will do to keep a large mean out of the sums; a second moment must not have one.
-    const A shift = slots > 0 && !f.second ? A(to_float(f.x[begin])) : A(0);
-    copy_async_commit();
-    copy_async_wait<0>();
+  constexpr int N = C ? V : 1;
+  NK_DYNAMIC_SHARED(unsigned char, memory);
+  Seat<T, V> seat(f.teams, memory);
+  Stager stager(seat, f.teams.team.stages, [&](const Chunk& c, Access* at) { stage_chunk<T, V>(at, f.x, c); });
+  const double count = double(f.teams.count);
 
-    A sum = 0, squares = 0;
-    each([&](const Chunk& c, const Access& access) {
-      A chunk_sum = 0, chunk_squares = 0;
-      NK_UNROLL
-      for (int i = 0; i < V; ++i) {
-        const A d = i < c.n ? A(to_float(access.v[i])) - shift : A(0);
-        chunk_sum += d;
-        chunk_squares += d * d;
-      }
-      sum += chunk_sum;
-      squares += chunk_squares;
-    });
-    Sums total = seat.sum({double(sum), double(squares)}, round);
-    double mean = 0, var = total.second / f.count;
+  for (int round = 0; round < seat.rounds(); ++round) {
+    Access* at = nullptr;
+    const Spot s = stager.take(at);
+    Chunk own{0, s.lines > 0 ? 1 : 0};
+    if constexpr (C) own = seat.own_columns(s);
+    // Any value of the group will do to keep a large mean out of the sums; a second moment must not have one. By
+    // columns it is that of the first line, so that all lines of a column have the same.
+    A shift[N] = {}, mean[N], rest[N] = {};
     if (!f.second) {
-      // Once more around a mean that is nearly right: exact sums for the mean's last digits and for the variance.
-      mean = double(shift) + total.first / f.count;
-      const Normalizer<A> near_mean = Normalizer<A>::of(mean, 1, 0);
-      sum = squares = 0;
-      each([&](const Chunk& c, const Access& access) {
+      if constexpr (C) {
+        NK_UNROLL
+        for (int i = 0; i < V; ++i)
+          if (i < own.n) shift[i] = A(to_float(f.x[s.begin + own.e + i]));
+      } else if (seat.has_any(s)) {
+        shift[0] = A(to_float(at->v[0]));
+      }
+    }
+    int elements = 0;
+    A sum[N], squares[N];
+    const auto sum_around = [&](const A(&high)[N], const A(&low)[N]) {
+      NK_UNROLL
+      for (int i = 0; i < N; ++i) sum[i] = squares[i] = 0;
+      seat.each(s, at, [&](int, const Chunk& c, const Access* x) {
         A chunk_sum = 0, chunk_squares = 0;
         NK_UNROLL
         for (int i = 0; i < V; ++i) {
-          const A d = i < c.n ? (A(to_float(access.v[i])) - near_mean.high) - near_mean.low : A(0);
-          chunk_sum += d;
-          chunk_squares += d * d;
+          const int j = C ? i : 0;
+          const A d = i < c.n ? (A(to_float(x->v[i])) - high[j]) - low[j] : A(0);
+          if constexpr (C) {
+            sum[j] += d;
+            squares[j] += d * d;
+          } else {
+            chunk_sum += d;
+            chunk_squares += d * d;
+          }
         }
-        sum += chunk_sum;
-        squares += chunk_squares;
+        sum[0] += chunk_sum;
+        squares[0] += chunk_squares;
+        elements += c.n;
       });
-      total = seat.sum({double(sum), double(squares)}, round);
-      const double off = total.first / f.count;
-      mean += off;
-      var = total.second / f.count - off * off;
-      var = var < 0 ? 0 : var;  // NaN stays
+    };
+    Sums total;  // by rows
+    const auto total_of = [&](int i) {
+      if constexpr (C) return i < own.n ? seat.total(seat.group_of(own.e + i)) : Sums{};
+      return total;
+    };
+
+    sum_around(shift, rest);
+    if constexpr (C) {
+      const int lines = s.lines - seat.first_line();
+      seat.sum_columns(s, own, sum, squares, [&](int column, const Sums& r) {
+        const double from = f.second ? 0 : double(to_float(f.x[s.begin + column]));
+        return Sums{r.first + (lines > 0 ? from * lines : 0.0), r.second};
+      });
+    } else {
+      total = seat.sum({double(sum[0]) + double(shift[0]) * elements, double(squares[0])});
     }
-    if (slots > 0 && seat.lane == 0) {
-      if (f.mean_out) f.mean_out[group] = mean;
-      if (f.var_out) f.var_out[group] = var;
+    Normalizer<A> normalizer[N];
+    if (f.second) {
+      NK_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const double var = total_of(i).second / count;
+        normalizer[i] = Normalizer<A>::of(0, var, f.eps);
+        if (f.var_out && i < own.n && (C ? seat.first_lane() && seat.begins_group(own.e + i) : seat.leads()))
+          f.var_out[seat.group(s) + (C ? seat.group_of(own.e + i) : 0)] = var;
+      }
+    } else {
+      // Once more around a mean that is nearly right: exact sums for the mean's last digits and for the variance.
+      NK_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const Normalizer<A> near = Normalizer<A>::of(total_of(i).first / count, 1, 0);
+        mean[i] = near.high;
+        rest[i] = near.low;
+      }
+      sum_around(mean, rest);
+      if constexpr (C)
+        seat.sum_columns(s, own, sum, squares, [](int, const Sums& r) { return r; });
+      else
+        total = seat.sum({double(sum[0]), double(squares[0])});
+      NK_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const Sums centred = total_of(i);
+        const double off = centred.first / count, exact = double(mean[i]) + (double(rest[i]) + off);
+        double var = centred.second / count - off * off;
+        var = var < 0 ? 0 : var;  // NaN stays
+        normalizer[i] = Normalizer<A>::of(exact, var, f.eps);
+        if (i < own.n && (C ? seat.first_lane() && seat.begins_group(own.e + i) : seat.leads())) {
+          const int64_t group = seat.group(s) + (C ? seat.group_of(own.e + i) : 0);
+          if (f.mean_out) f.mean_out[group] = exact;
+          if (f.var_out) f.var_out[group] = var;
+        }
+      }
     }
     if (!f.y) continue;
-    const Normalizer<A> normalizer = Normalizer<A>::of(mean, var, f.eps);
-    each([&](const Chunk& c, const Access& access) {
+    const Cursor base = seat.unit_channel(s, own.e);
+    seat.each(s, at, [&](int line, const Chunk& c, const Access* x) {
       A v[V];
-      widen(access, v);
+      widen(*x, v);
       NK_UNROLL
-      for (int i = 0; i < V; ++i) v[i] = normalizer(v[i]);
-      f.affine.apply(f.affine.channels.at(c.e), c, v);
+      for (int i = 0; i < V; ++i) v[i] = normalizer[C ? i : 0](v[i]);
+      f.affine.apply(seat.channel(f.affine.channels, base, s, line, c), c, v);
       store_chunk<T, V>(f.y, c, narrow<T, V>(v));
     });
   }
-}
-
-template <class T, int V>
-struct FusedBackward {
-  const T *dy, *x;
-  T *dx, *dresidual;  // either may be null
-  Runs<V> runs;
-  Affine<T> affine;
-  Param mean, var;
-  double count, eps;
-  bool second;
-  bool channel_per_group;  // every group has one weight, so its sums are dweight and dbias
-  Grad dweight, dbias;     // only then
-  int lanes;
-};
-
-template <class T, int V>
-__global__ void __launch_bounds__(kFusedThreads, 1) fused_backward(const FusedBackward<T, V> f) {
-  using A = Compute<T>;
-  using Access = Vec<T, V>;
-  NK_DYNAMIC_SHARED(Access, staged);
-  const Seat seat = Seat::of(f.lanes);
-  const int threads = int(blockDim.x);
-  int round = 0;
-  for (int64_t first = int64_t(blockIdx.x) * seat.per_block; first < f.runs.groups();
-       first += int64_t(gridDim.x) * seat.per_block) {
-    const int64_t group = first + seat.place, begin = f.runs.begin(group);
-    const int slots = group < f.runs.groups() ? int(f.runs.slots()) : 0;
-    Access* const mine = staged + threadIdx.x;
-    // visit(chunk, x, dy) for each of this thread's slots; x and dy take turns in shared memory
-    const auto each = [&](auto visit) {
-      Access* at = mine;
-      for (int slot = seat.lane; slot < slots; slot += seat.lanes, at += 2 * threads) {
-        const Chunk c = f.runs.chunk(begin, slot);
-        if (c.n > 0) visit(c, at[0], at[threads]);
-      }
-    };
-    each([&](const Chunk& c, Access& x, Access& dy) {
-      stage_chunk<T, V>(&x, f.x, c);
-      stage_chunk<T, V>(&dy, f.dy, c);
-    });
-    copy_async_commit();
-    Normalizer<A> normalizer;
-    if (slots > 0)
-      normalizer = Normalizer<A>::of(f.second ? 0 : read<double>(f.mean, group), read<double>(f.var, group), f.eps);
-    copy_async_wait<0>();
-
-    // Both sweeps need these; to keep them in between would cost more than to compute them again.
-    const auto terms = [&](const Chunk& c, const Access& x, const Access& dy, A(&xhat)[V], A(&g)[V], bool last) {
-      const Cursor channel = f.affine.channels.at(c.e);
-      widen(x, xhat);
-      NK_UNROLL
-      for (int i = 0; i < V; ++i) xhat[i] = normalizer(xhat[i]);
-      widen(dy, g);
-      f.affine.through_activation(channel, c, xhat, g);
-      if (last && f.dresidual) store_chunk<T, V>(f.dresidual, c, narrow<T, V>(g));
-      if (last || !f.channel_per_group) f.affine.multiply_weight(channel, c.n, g);
-    };
-    A sum = 0, product = 0;
-    each([&](const Chunk& c, const Access& x, const Access& dy) {
-      A xhat[V], g[V], chunk_sum = 0, chunk_product = 0;
-      terms(c, x, dy, xhat, g, false);
-      NK_UNROLL
-      for (int i = 0; i < V; ++i) {
-        chunk_sum += i < c.n ? g[i] : A(0);
-        chunk_product += i < c.n ? g[i] * xhat[i] : A(0);
-      }
-      sum += chunk_sum;
-      product += chunk_product;
-    });
-    Sums total = seat.sum({double(sum), double(product)}, round);
-    if (f.channel_per_group && slots > 0) {
-      if (seat.lane == 0 && f.dweight.data) write(f.dweight, group, total.second);
-      if (seat.lane == 0 && f.dbias.data) write(f.dbias, group, total.first);
-      const double weight = f.affine.weight.data ? read<double>(f.affine.weight, group) : 1;
-      total = {total.first * weight, total.second * weight};
-    }
-    if (!f.dx && !f.dresidual) continue;
-    const A average = f.second ? A(0) : A(total.first / f.count), slope = A(total.second / f.count);
-    each([&](const Chunk& c, const Access& x, const Access& dy) {
-      A xhat[V], g[V];
-      terms(c, x, dy, xhat, g, true);
-      if (!f.dx) return;
-      NK_UNROLL
-      for (int i = 0; i < V; ++i) g[i] = ((g[i] - average) - xhat[i] * slope) * normalizer.rstd;
-      store_chunk<T, V>(f.dx, c, narrow<T, V>(g));
-    });
-  }
+  seat.part();
 }
 
 }  // namespace normkern::cuda

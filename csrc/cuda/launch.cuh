@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "fused.cuh"
+#include "fused_backward.cuh"
 #include "reduce.cuh"
 
 namespace normkern::cuda {
@@ -39,11 +39,7 @@ class Launcher {
 
   int forward(const ForwardArgs& a) const {
     const Affine<T> affine = affine_of(a.weight, a.bias, a.residual);
-    switch (plan_.strategy) {
-      case Strategy::warp:
-      case Strategy::block: return fused_moments(a.x, a.y, affine, a.mean_out, a.var_out);
-      default: break;
-    }
+    if (fused()) return fused_moments(a.x, a.y, affine, a.mean_out, a.var_out);
     if (p_.moments == Moments::given)
       NK_CHECK_CUDA(prepare_arrays(a.mean, a.var));
     else
@@ -54,17 +50,26 @@ class Launcher {
   }
 
   int moments(const MomentsArgs& a) const {
-    switch (plan_.strategy) {
-      case Strategy::warp:
-      case Strategy::block: return fused_moments(a.x, nullptr, Affine<T>{}, a.mean_out, a.var_out);
-      default: return reduce_moments(a.x, a.mean_out, a.var_out, {});
-    }
+    if (fused()) return fused_moments(a.x, nullptr, Affine<T>{}, a.mean_out, a.var_out);
+    return reduce_moments(a.x, a.mean_out, a.var_out, {});
+  }
+
+  // Whether the chip can hold what the plan launches together, by its own account.
+  int resident(Pass pass, bool& yes) const {
+    yes = true;
+    const bool large_cluster = plan_.strategy == Strategy::cluster && plan_.team.blocks > kPortableCluster;
+    if (plan_.strategy != Strategy::subgrid && !large_cluster) return 0;
+    if (pass != Pass::backward)
+      return can_be_resident(fused_config(), by_columns() ? fused_forward<T, V, true> : fused_forward<T, V, false>,
+                             yes);
+    return can_be_resident(fused_config(), by_columns() ? fused_backward<T, V, true> : fused_backward<T, V, false>,
+                           yes);
   }
 
   int backward(const BackwardArgs& a) const {
     const bool elements = a.dx || a.dresidual, params = a.dweight.data || a.dbias.data;
-    const bool split = plan_.strategy == Strategy::split;
-    const bool shared = sums_shared(p_);
+    const bool split = !fused();
+    const bool shared = split ? sums_shared(p_) : plan_.team.weight_sums;
     if (split || (params && !shared)) NK_CHECK_CUDA(prepare_arrays(a.mean, a.var));
     if (!split && (elements || (params && shared))) NK_CHECK_CUDA(fused_gradients(a));
     if (split && p_.moments != Moments::given && (a.dx || (params && shared))) {
@@ -104,32 +109,67 @@ class Launcher {
     return {p_.moments == Moments::second ? nullptr : array(kMomentArrays), array(kMomentArrays + 1)};
   }
 
-  int fused_moments(const void* x, void* y, const Affine<T>& affine, double* mean_out, double* var_out) const {
+  bool fused() const { return plan_.strategy != Strategy::split; }
+  bool by_columns() const { return plan_.team.walk == Walk::columns; }
+
+  Teams teams_of(int streams) const {
     const Domain d = simplify(p_.stats);
-    const FusedForward<T, V> f{
-        static_cast<const T*>(x),      static_cast<T*>(y), Runs<V>(d), affine,     double(d.count()), p_.eps,
-        p_.moments == Moments::second, mean_out,           var_out,    plan_.lanes};
-    return launch(config_of(plan_.fused), stream_, fused_forward<T, V>, f);
+    const Team& team = plan_.team;
+    const Units units = units_of(p_, team.walk, team.weights, team.columns);
+    const int64_t per_batch = by_columns() ? units.span / d.cols : units.beside;
+    return {units,
+            team,
+            fused_memory(units, team, p_.dtype, V, streams, plan_.fused.threads),
+            int(team.block_lines(units)),
+            int(team.block_columns(units, V)),
+            int(team.depth(units, V)),
+            int(per_batch),
+            FastDiv(by_columns() ? d.cols : 1),
+            d.count(),
+            streams,
+            reinterpret_cast<Sums*>(workspace_ + layout_.boxes),
+            tickets_at(0) + weight_rows(units, team).tickets};
+  }
+
+  LaunchConfig fused_config() const {
+    LaunchConfig config = config_of(plan_.fused);
+    if (plan_.strategy == Strategy::cluster) config.cluster = dim3(unsigned(plan_.team.blocks));
+    config.cooperative = plan_.strategy == Strategy::subgrid;
+    return config;
+  }
+
+  template <class Fused>
+  int launch_fused(void (*rows)(Fused), void (*columns)(Fused), const Fused& f) const {
+    if (layout_.boxes > 0) NK_CHECK_CUDA(zero_async(tickets_at(0), size_t(layout_.boxes), stream_));
+    return launch(fused_config(), stream_, by_columns() ? columns : rows, f);
+  }
+
+  int fused_moments(const void* x, void* y, const Affine<T>& affine, double* mean_out, double* var_out) const {
+    const FusedForward<T, V> f{static_cast<const T*>(x),      static_cast<T*>(y), teams_of(1), affine, p_.eps,
+                               p_.moments == Moments::second, mean_out,           var_out};
+    return launch_fused(fused_forward<T, V, false>, fused_forward<T, V, true>, f);
   }
 
   int fused_gradients(const BackwardArgs& a) const {
-    const Domain d = simplify(p_.stats);
+    const Teams teams = teams_of(2);
+    const WeightSums<A> weights{weight_rows(teams.units, teams.team),
+                                reinterpret_cast<A*>(workspace_ + layout_.rows),
+                                tickets_at(0),
+                                p_.affine.groups(),
+                                a.dweight,
+                                a.dbias};
     const FusedBackward<T, V> f{static_cast<const T*>(a.dy),
                                 static_cast<const T*>(a.x),
                                 static_cast<T*>(a.dx),
                                 static_cast<T*>(a.dresidual),
-                                Runs<V>(d),
+                                teams,
                                 affine_of(a.weight, a.bias, a.residual),
                                 a.mean,
                                 a.var,
-                                double(d.count()),
                                 p_.eps,
                                 p_.moments == Moments::second,
-                                sums_shared(p_),
-                                a.dweight,
-                                a.dbias,
-                                plan_.lanes};
-    return launch(config_of(plan_.fused), stream_, fused_backward<T, V>, f);
+                                weights};
+    return launch_fused(fused_backward<T, V, false>, fused_backward<T, V, true>, f);
   }
 
   int map_gradients(const BackwardArgs& a) const {
@@ -236,6 +276,12 @@ int moments_of(const Problem& p, const Plan& plan, const MomentsArgs& a, void* w
   });
 }
 
+template <class T>
+int resident_of(const Problem& p, const Plan& plan, Pass pass, bool& yes) {
+  return with_width<T>(
+      plan, [&](auto width) { return Launcher<T, width.value>(p, plan, pass, nullptr, Stream()).resident(pass, yes); });
+}
+
 #undef NK_CHECK_CUDA
 
 }  // namespace normkern::cuda
@@ -246,4 +292,5 @@ int moments_of(const Problem& p, const Plan& plan, const MomentsArgs& a, void* w
   template int forward_of<T>(const Problem&, const Plan&, const ForwardArgs&, void*, void*);   \
   template int backward_of<T>(const Problem&, const Plan&, const BackwardArgs&, void*, void*); \
   template int moments_of<T>(const Problem&, const Plan&, const MomentsArgs&, void*, void*);   \
+  template int resident_of<T>(const Problem&, const Plan&, Pass, bool&);                       \
   }

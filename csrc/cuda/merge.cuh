@@ -50,6 +50,27 @@ NK_DEVICE R merge_block(R r, int& round) {
   return merge_lanes(lane < count ? mine[lane] : R{}, kWarp);
 }
 
+// Several threads work on each column of a tile, one piece of it each; valid in `merged[column]` after the call.
+// piece(column, from, to) merges pieces from to to of `pieces`.
+template <class R, class Piece>
+NK_DEVICE void merge_columns(R* merged, int columns, int64_t pieces, Piece piece) {
+  const int threads = int(blockDim.x), team = threads / columns > 1 ? threads / columns : 1;
+  const int member = team > 1 ? int(threadIdx.x) / columns : 0, start = int(threadIdx.x) - member * columns;
+  if (member < team)
+    for (int column = start; column < columns; column += threads)
+      put(merged[member * columns + column], piece(column, pieces * member / team, pieces * (member + 1) / team));
+  for (int left = team; left > 1;) {
+    const int half = (left + 1) / 2;
+    __syncthreads();
+    if (member + half < left) {
+      R& mine = merged[member * columns + start];
+      put(mine, merge(mine, merged[(member + half) * columns + start]));
+    }
+    left = half;
+  }
+  __syncthreads();
+}
+
 // Whether this block is the last of `blocks` to come here; what the others wrote before is then visible to all of its
 // threads. `ticket` starts at zero.
 NK_DEVICE bool arrive_last(unsigned* ticket, int64_t blocks) {
@@ -62,6 +83,20 @@ NK_DEVICE bool arrive_last(unsigned* ticket, int64_t blocks) {
   }
   __syncthreads();
   return last[0];
+}
+
+// A barrier among some blocks of a cooperative launch. `arrivals` starts at zero; `target` is what it comes to when all
+// of them have arrived, this time and every time before.
+NK_DEVICE void meet_blocks(unsigned* arrivals, unsigned target) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    fence();
+    atomicAdd(arrivals, 1u);
+    while (int(load_acquire(arrivals) - target) < 0) {
+    }
+    fence();
+  }
+  __syncthreads();
 }
 
 }  // namespace normkern::cuda

@@ -59,40 +59,79 @@ struct LaunchConfig {
   bool cooperative = false;  // all blocks resident at once: required by grid_sync
 };
 
+inline unsigned volume(const dim3& size) { return size.x * size.y * size.z; }
+
+// A launch as the runtime wants it, with what the kernel must be told beforehand.
+class LaunchRequest {
+ public:
+  template <class Kernel>
+  LaunchRequest(const LaunchConfig& config, Stream stream, Kernel kernel) {
+    constexpr size_t kSharedWithoutOptIn = 48 * 1024;
+    constexpr unsigned kPortableCluster = 8;
+    const unsigned cluster_blocks = volume(config.cluster);
+    if (config.shared > kSharedWithoutOptIn)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared));
+    if (error == cudaSuccess && cluster_blocks > kPortableCluster)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    request.gridDim = config.grid;
+    request.blockDim = config.block;
+    request.dynamicSmemBytes = config.shared;
+    request.stream = stream;
+    request.attrs = attributes_;
+    if (cluster_blocks > 1) {
+      cudaLaunchAttribute& cluster = attributes_[request.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = config.cluster.x;
+      cluster.val.clusterDim.y = config.cluster.y;
+      cluster.val.clusterDim.z = config.cluster.z;
+    }
+    if (config.cooperative) {
+      cudaLaunchAttribute& cooperative = attributes_[request.numAttrs++];
+      cooperative.id = cudaLaunchAttributeCooperative;
+      cooperative.val.cooperative = 1;
+    }
+  }
+  LaunchRequest(const LaunchRequest&) = delete;
+  LaunchRequest& operator=(const LaunchRequest&) = delete;
+  // What to return of it all. An error is ours to report: the next CUDA call must not find it.
+  int result() const {
+    if (error != cudaSuccess) cudaGetLastError();
+    return int(error);
+  }
+
+  cudaLaunchConfig_t request = {};
+  cudaError_t error = cudaSuccess;
+
+ private:
+  cudaLaunchAttribute attributes_[2] = {};
+};
+
 // Returns a cudaError_t. Arguments are converted to the kernel's own parameter types.
 template <class... Parameters, class... Arguments>
 int launch(const LaunchConfig& config, Stream stream, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  constexpr size_t kSharedWithoutOptIn = 48 * 1024;
-  constexpr unsigned kPortableCluster = 8;
-  const unsigned cluster_blocks = config.cluster.x * config.cluster.y * config.cluster.z;
-  cudaError_t error = cudaSuccess;
-  if (config.shared > kSharedWithoutOptIn)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared));
-  if (error == cudaSuccess && cluster_blocks > kPortableCluster)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  LaunchRequest r(config, stream, kernel);
+  if (r.error == cudaSuccess) r.error = cudaLaunchKernelEx(&r.request, kernel, static_cast<Parameters>(arguments)...);
+  return r.result();
+}
 
-  cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t request = {};
-  request.gridDim = config.grid;
-  request.blockDim = config.block;
-  request.dynamicSmemBytes = config.shared;
-  request.stream = stream;
-  request.attrs = attributes;
-  if (cluster_blocks > 1) {
-    cudaLaunchAttribute& cluster = attributes[request.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = config.cluster.x;
-    cluster.val.clusterDim.y = config.cluster.y;
-    cluster.val.clusterDim.z = config.cluster.z;
+// Whether the device can run all blocks of a cooperative launch at once, or a cluster at all. A cudaError_t.
+template <class... Parameters>
+int can_be_resident(const LaunchConfig& config, void (*kernel)(Parameters...), bool& yes) {
+  LaunchRequest r(config, Stream(), kernel);
+  int count = 0, device = 0, multiprocessors = 0;
+  yes = false;
+  if (r.error == cudaSuccess && volume(config.cluster) > 1) {
+    r.error = cudaOccupancyMaxActiveClusters(&count, kernel, &r.request);
+    yes = r.error == cudaSuccess && count > 0;
+  } else if (r.error == cudaSuccess) {
+    r.error = cudaGetDevice(&device);
+    if (r.error == cudaSuccess)
+      r.error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (r.error == cudaSuccess)
+      r.error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, int(volume(config.block)), config.shared);
+    yes = r.error == cudaSuccess && int64_t(count) * multiprocessors >= int64_t(volume(config.grid));
   }
-  if (config.cooperative) {
-    cudaLaunchAttribute& cooperative = attributes[request.numAttrs++];
-    cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = 1;
-  }
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&request, kernel, static_cast<Parameters>(arguments)...);
-  if (error != cudaSuccess) cudaGetLastError();  // ours to report: the next CUDA call must not find it
-  return int(error);
+  return r.result();
 }
 
 inline int zero_async(void* data, size_t bytes, Stream stream) { return int(cudaMemsetAsync(data, 0, bytes, stream)); }

@@ -211,27 +211,6 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   }
 }
 
-// Several threads work on each column of a tile, one piece of it each; valid in `merged[column]` after the call.
-// piece(column, from, to) merges pieces from to to of `pieces`.
-template <class R, class Piece>
-NK_DEVICE void merge_columns(R* merged, int columns, int64_t pieces, Piece piece) {
-  const int threads = int(blockDim.x), team = threads / columns > 1 ? threads / columns : 1;
-  const int member = team > 1 ? int(threadIdx.x) / columns : 0, start = int(threadIdx.x) - member * columns;
-  if (member < team)
-    for (int column = start; column < columns; column += threads)
-      put(merged[member * columns + column], piece(column, pieces * member / team, pieces * (member + 1) / team));
-  for (int left = team; left > 1;) {
-    const int half = (left + 1) / 2;
-    __syncthreads();
-    if (member + half < left) {
-      R& mine = merged[member * columns + start];
-      put(mine, merge(mine, merged[(member + half) * columns + start]));
-    }
-    left = half;
-  }
-  __syncthreads();
-}
-
 template <class T, int V, class Op>
 __global__ void __launch_bounds__(kColumnThreads, 2)
     reduce_columns(const Domain d, const Tile tile, const Op op, const Meeting<typename Op::Result> meeting) {

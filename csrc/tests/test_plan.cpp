@@ -10,7 +10,7 @@
 namespace normkern::test {
 namespace {
 
-constexpr Gpu kH200 = {132, 232448, 233472, 60 << 20, 8};
+constexpr Gpu kH200 = {132, 232448, 233472, 60 << 20, 16};
 
 // The planner is constexpr, so that an undefined operation in it does not compile.
 constexpr Plan kLayerNorm = make_plan(
@@ -77,6 +77,60 @@ void slots() {
     }
 }
 
+// Every element of a problem belongs to exactly one unit, line and column, and to one block of its team.
+void units() {
+  const Gpu chips[] = {kH200, {5, 232448, 49152, 1 << 20, 8}};
+  const Domain pairs[][2] = {
+      {{7, 1, 1, 203}, {1, 7, 203, 1}},     {{6, 1, 1, 4096}, {1, 6, 4096, 1}}, {{12, 1, 1, 320}, {1, 2, 60, 32}},
+      {{12, 1, 1, 3 * 49}, {1, 2, 18, 49}}, {{2, 35, 6, 10}, {1, 70, 60, 1}},   {{2, 64, 3, 5}, {1, 128, 15, 1}},
+      {{1, 9, 31, 49}, {1, 9, 31, 49}},     {{1, 70, 24, 1}, {1, 70, 24, 1}},   {{1, 40, 5, 300}, {1, 40, 5, 300}},
+      {{3, 30, 2, 128}, {1, 90, 256, 1}},   {{8, 1, 1, 200}, {1, 2, 4, 200}},   {{3, 7, 11, 1}, {1, 3, 7, 11}}};
+  for (const Gpu& gpu : chips)
+    for (const auto& pair : pairs)
+      for (DType t : {DType::f32, DType::bf16})
+        for (Pass pass : {Pass::forward, Pass::backward})
+          for (Strategy s : {Strategy::warp, Strategy::block, Strategy::cluster, Strategy::subgrid}) {
+            const Problem p = {pair[0], pair[1], Moments::mean_var, Act::none, t, 1e-5};
+            const Plan plan = make_plan(p, {pass, true, pass == Pass::backward, s}, gpu);
+            if (plan.strategy == Strategy::split) continue;
+            const Team& team = plan.team;
+            const Units u = units_of(p, team.walk, team.weights, team.columns);
+            const Domain d = simplify(p.stats);
+            std::vector<int> seen(size_t(d.numel()), 0);
+            const int64_t lines = team.block_lines(u), columns = team.block_columns(u, plan.vec);
+            for (int64_t unit = 0; unit < u.count(); ++unit)
+              for (int rank = 0; rank < team.blocks; ++rank) {
+                const int64_t b = unit % u.batch, k = unit / u.batch;
+                const int64_t wide = least(u.columns, u.span - k * u.inner);
+                const int64_t line = team.by_lines ? rank * lines : 0, column = team.by_lines ? 0 : rank * columns;
+                int64_t accesses = 0;
+                for (int64_t l = line; l < least(line + lines, u.lines); ++l) {
+                  const int64_t begin = b * u.outer + k * u.inner + l * u.pitch;
+                  for (int64_t c = column; c < least(column + columns, wide); ++c) ++seen[size_t(begin + c)];
+                  const int64_t first = begin + column, end = begin + least(column + columns, wide);
+                  if (end > first) accesses = most(accesses, ceil_div(end, plan.vec) - first / plan.vec);
+                }
+                check(accesses <= team.slots(u, plan.vec), "accesses of a line: %ld", long(accesses));
+              }
+            for (const int times : seen) check(times == 1, "an element is in %d shares", times);
+            check(team.depth(u, plan.vec) * team.threads() >= lines * team.slots(u, plan.vec), "room for every access");
+            check(team.teams * team.blocks == plan.fused.blocks, "every team has its blocks");
+            check(team.first(u, 0) == 0 && team.first(u, team.teams) >= u.count(), "teams cover the units");
+            for (int64_t one = 0; one < team.teams; ++one) {
+              const int64_t first = team.first(u, one), past = least(team.first(u, one + 1), u.count());
+              check(first < past, "every team has a unit");
+              check(team.team_of(u, first) == one && team.team_of(u, past - 1) == one, "team of unit %ld", long(first));
+            }
+            const WeightRows rows = weight_rows(u, team);
+            for (int64_t k = 0; k < u.beside; ++k) {
+              const int64_t touching = team.team_of(u, (k + 1) * u.batch - 1) - team.team_of(u, k * u.batch) + 1;
+              check(rows.rows == 0 || touching * rows.copies <= rows.rows, "a row for every team");
+            }
+            check(weight_rows(u, team).rows <= 2 * most(gpu.sms, team.blocks), "rows of sums: %ld",
+                  long(weight_rows(u, team).rows));
+          }
+}
+
 // Every column of every line belongs to exactly one place of one tile, the same for all lines of a lane.
 void tiles() {
   for (int vec : {1, 2, 4, 8})
@@ -123,7 +177,8 @@ void plans() {
       for (DType t : {DType::f32, DType::f64, DType::f16, DType::bf16})
         for (Moments m : {Moments::mean_var, Moments::second, Moments::given})
           for (Pass pass : {Pass::forward, Pass::backward, Pass::moments})
-            for (Strategy s : {Strategy::automatic, Strategy::warp, Strategy::block, Strategy::split})
+            for (Strategy s : {Strategy::automatic, Strategy::warp, Strategy::block, Strategy::cluster,
+                               Strategy::subgrid, Strategy::split})
               for (bool aligned : {true, false}) {
                 if (pass == Pass::moments && m == Moments::given) continue;
                 const Problem p = {pair[0], pair[1], m, Act::none, t, 1e-5};
@@ -159,6 +214,7 @@ int main() {
   normkern::test::cursors();
   normkern::test::slots();
   normkern::test::tiles();
+  normkern::test::units();
   normkern::test::plans();
   return normkern::test::report("test_plan");
 }

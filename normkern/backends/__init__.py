@@ -1,4 +1,5 @@
-"""backends: who computes. `native` are the compiled kernels, `eager` is plain PyTorch and can always run.
+"""backends: who computes. `native` are the compiled kernels, `triton` the same programs in Triton, `eager` is plain
+PyTorch and can always run.
 
 A call takes the first of BACKENDS that can run it. `use_backend` and NORMKERN_BACKEND force one; a forced backend that
 cannot run is an error that says why.
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from normkern.backends.eager import Eager
 from normkern.backends.native import Native
+from normkern.backends.triton import Triton
 from normkern.problem import Problem
 
 logger = logging.getLogger("normkern")
@@ -63,7 +65,7 @@ class Backend(Protocol):
         """mean and biased variance, or the second moment, over problem.stats."""
 
 
-BACKENDS: dict[str, Backend] = {"native": Native(), "eager": Eager()}
+BACKENDS: dict[str, Backend] = {"native": Native(), "triton": Triton(), "eager": Eager()}
 
 
 class _Forced(threading.local):
@@ -105,7 +107,7 @@ def run_on(backend: Backend) -> Iterator[None]:
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """Run every call of this thread inside the block on one backend: "native" or "eager"."""
+    """Run every call of this thread inside the block on one backend: "native", "triton" or "eager"."""
     return run_on(_existing(name, "use_backend"))
 
 
@@ -120,7 +122,11 @@ def forced_backend() -> Backend | None:
 
 def select(x: Tensor) -> Backend:
     """The backend that runs a call on x."""
-    forced = forced_backend()
+    if type(x) is not Tensor and hasattr(x, "device_mesh"):  # a DTensor, whose parts are selected for in their turn
+        from normkern.sharded import SHARDED
+
+        return SHARDED
+    forced = forced_backend() if _forced_anywhere or _environment is not None else None
     if forced is not None:
         why = forced.why_not(x)
         if why is not None:

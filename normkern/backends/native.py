@@ -47,6 +47,9 @@ class Native:
             self._forward = torch.ops.normkern.forward.default
             self._backward = torch.ops.normkern.backward.default
             self._moments = torch.ops.normkern.moments.default
+            self._update_running = torch.ops.normkern.update_running.default
+        has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
+        self._updates_on_cuda = self.cuda_why_not is None and has_kernel("normkern::update_running", "CUDA")
 
     def why_not(self, x: Tensor) -> str | None:
         if x.is_cpu or x.is_meta:  # several times cheaper than comparing x.device
@@ -115,6 +118,18 @@ class Native:
         mean, var = self._moments(x, _extents(problem.stats), int(problem.moments))
         return mean, var
 
+    def update_running(
+        self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+    ) -> bool:
+        """Move running statistics in one operator; False: this device has none."""
+        if running_mean.is_cuda and not self._updates_on_cuda:
+            return False
+        self._update_running(running_mean, running_var, mean, var, count, momentum)
+        if not torch.compiler.is_compiling():
+            # An operator of the stable ABI has no kernel that would do this for autograd.
+            torch.autograd.graph.increment_version((running_mean, running_var))
+        return True
+
 
 def _extents(domain: Domain) -> list[int]:
     return [domain.batch, domain.rows, domain.keep, domain.cols]
@@ -175,6 +190,12 @@ def _register_fakes() -> None:
             (x if bias is None else bias).new_empty(groups if needs & 4 else 0),
             _like(x, bool(needs & 8)),
         )
+
+    @register("normkern::update_running")
+    def update_running(
+        running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+    ) -> None:
+        return None
 
     @register("normkern::moments")
     def moments(x: Tensor, stats: list[int], moments: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """nn: the stock modules with normkern's forward."""
 
 from normkern.nn.conv import ConvNorm2d
+from normkern.nn.convert import convert, register_converter, revert
 from normkern.nn.norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -12,6 +13,7 @@ from normkern.nn.norm import (
     LayerNorm,
     RMSNorm,
 )
+from normkern.nn.sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -24,4 +26,8 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
+    "SyncBatchNorm",
+    "convert",
+    "register_converter",
+    "revert",
 ]

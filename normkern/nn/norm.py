@@ -1,25 +1,44 @@
 """norm.py: torch.nn's norm layers with another forward.
 
 They are subclasses: state dicts, isinstance tests, weight-decay groups and SyncBatchNorm's conversion go on working.
-`act` is applied after the norm, and forward takes a `residual` that is added before it; both are optional.
+`act` is applied after the norm, and forward takes a `residual` that is added before it; both are optional. Layers with
+running statistics take `skip_nonfinite`: a batch with an infinite or NaN moment leaves the statistics alone, and is not
+counted.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normkern import functional as F
-from normkern.checks import check_act
+from normkern.checks import check_act, check_flag
 
 
 class _WithAct(torch.nn.Module):
     """What all layers here add to the stock ones: a keyword `act`."""
 
     act: str | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The signature that people and tools see: that of the stock layer, and what is added here."""
+        super().__init_subclass__(**kwargs)
+        found: dict[str, inspect.Parameter] = {}
+        for kind in reversed(cls.__mro__):
+            if "__init__" in kind.__dict__ and kind not in (object, torch.nn.Module):
+                own = inspect.signature(kind.__dict__["__init__"]).parameters
+                if not any(p.kind is p.VAR_POSITIONAL for p in own.values()):
+                    found = {}  # it names all its arguments; the others add to those of the next class
+                named = (
+                    p for p in own.values() if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+                )
+                found |= {p.name: p for p in named}
+        cls.__signature__ = inspect.Signature(sorted(found.values(), key=lambda p: p.kind))  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
         check_act(type(self).__name__, act)
@@ -35,31 +54,66 @@ class _WithAct(torch.nn.Module):
         self.__dict__.setdefault("act", None)
 
 
-class _BatchNorm(_WithAct, torch.nn.modules.batchnorm._BatchNorm):
+class _WithStatistics(_WithAct):
+    """What layers with running statistics add: a keyword `skip_nonfinite`."""
+
+    # Of layers that were pickled or converted without them.
+    skip_nonfinite = False
+    statistics_frozen = 0  # blocks of running.frozen_running_stats that are open
+
+    def __init__(self, *args: Any, skip_nonfinite: bool = False, **kwargs: Any) -> None:
+        check_flag(type(self).__name__, "skip_nonfinite", skip_nonfinite)
+        super().__init__(*args, **kwargs)
+        self.skip_nonfinite = skip_nonfinite
+
+    def extra_repr(self) -> str:
+        rest = super().extra_repr()
+        return f"{rest}, skip_nonfinite=True" if self.skip_nonfinite else rest
+
+
+def normalize_batch(
+    module: Any,
+    input: Tensor,
+    residual: Tensor | None = None,
+    act: str | None = None,
+    function: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """The forward of a module with the attributes of torch's batch norms; counts the batch. `function` is called in
+    place of functional.batch_norm."""
+    module._check_input_dim(input)
+    training = module.training
+    mean, var = module.running_mean, module.running_var
+    tracking = training and module.track_running_stats and not getattr(module, "statistics_frozen", 0)
+    batches = module.num_batches_tracked if tracking else None
+    momentum: float | Tensor = 0.0 if module.momentum is None else module.momentum
+    if module.momentum is None and batches is not None:
+        # A tensor, so that the count stays on its device: the cumulative average of batches so far.
+        momentum = 1.0 / (batches + 1).double()
+    keep = tracking or not training
+    arguments = (
+        input,
+        mean if keep else None,
+        var if keep else None,
+        module.weight,
+        module.bias,
+        training or (mean is None and var is None),
+        momentum,
+        module.eps,
+    )
+    moved = None
+    if function is not None:
+        y = function(*arguments, residual=residual, act=act)
+    else:
+        skip = getattr(module, "skip_nonfinite", False)
+        y, moved = F.batch_norm_moved(*arguments, residual, act, skip)
+    if batches is not None:  # counted last: a call that fails is no batch
+        batches.add_(1 if moved is None else moved)
+    return y
+
+
+class _BatchNorm(_WithStatistics, torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        tracking = self.training and self.track_running_stats
-        batches = self.num_batches_tracked if tracking else None
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and batches is not None:
-            # A tensor, so that the count stays on its device: the cumulative average of batches so far.
-            momentum = 1.0 / (batches + 1).double()
-        keep = not self.training or self.track_running_stats
-        y = F.batch_norm(
-            input,
-            self.running_mean if keep else None,
-            self.running_var if keep else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,  # type: ignore[arg-type]
-            self.eps,
-            residual=residual,
-            act=self.act,
-        )
-        if batches is not None:  # counted last: a call that fails is no batch
-            batches.add_(1)
-        return y
+        return normalize_batch(self, input, residual, self.act)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -97,7 +151,7 @@ class RMSNorm(_WithAct, torch.nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, residual=residual, act=self.act)
 
 
-class _InstanceNorm(_WithAct, torch.nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(_WithStatistics, torch.nn.modules.instancenorm._InstanceNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         unbatched = input.dim() == self._get_no_batch_dim()  # type: ignore[no-untyped-call]
@@ -105,10 +159,11 @@ class _InstanceNorm(_WithAct, torch.nn.modules.instancenorm._InstanceNorm):
         if unbatched:
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
+        keep = not (self.training and self.statistics_frozen)
         y = F.instance_norm(
             input,
-            self.running_mean,
-            self.running_var,
+            self.running_mean if keep else None,
+            self.running_var if keep else None,
             self.weight,
             self.bias,
             self.training or not self.track_running_stats,
@@ -116,6 +171,7 @@ class _InstanceNorm(_WithAct, torch.nn.modules.instancenorm._InstanceNorm):
             self.eps,
             residual=residual,
             act=self.act,
+            skip_nonfinite=self.skip_nonfinite,
         )
         return y.squeeze(0) if unbatched else y
 

@@ -19,11 +19,16 @@ template <class T>
 int moments_of(const Problem&, const Plan&, const MomentsArgs&, void*, void*) {
   return kNotSupported;
 }
+template <class T>
+int resident_of(const Problem&, const Plan&, Pass, bool&) {
+  return kNotSupported;
+}
 
 #define NK_ABSENT(T)                                                                           \
   template int forward_of<T>(const Problem&, const Plan&, const ForwardArgs&, void*, void*);   \
   template int backward_of<T>(const Problem&, const Plan&, const BackwardArgs&, void*, void*); \
-  template int moments_of<T>(const Problem&, const Plan&, const MomentsArgs&, void*, void*);
+  template int moments_of<T>(const Problem&, const Plan&, const MomentsArgs&, void*, void*);   \
+  template int resident_of<T>(const Problem&, const Plan&, Pass, bool&);
 
 #ifdef NK_ABSENT_F32
 NK_ABSENT(float)

@@ -33,6 +33,9 @@ class Buffers {
   }
   void in(const Param& param, int64_t count, const char* name) { in(param.data, count, size_of(param.dtype), name); }
   void out(const Grad& grad, int64_t count, const char* name) { out(grad.data, count, size_of(grad.dtype), name); }
+  void changed(const Grad& grad, int64_t count, const char* name) {
+    add(grad.data, count, size_of(grad.dtype), Use::InOut, name);
+  }
   void workspace(void* data, int64_t bytes) { add(data, bytes, 1, Use::Out, "workspace", 4); }
   void require_outputs() const {
     for (void* data : outputs_) emulator::require_written(data);
@@ -82,11 +85,17 @@ int run(const Problem& p, Request request, const Gpu& gpu, Pass pass, const Args
   emulator::set_last_error("");
   try {
     request.pass = pass;
-    const Plan plan = make_plan(p, request, gpu);
-    if (plan_out) *plan_out = plan;
     emulator::options.sms = gpu.sms;
     emulator::options.shared_limit = gpu.smem_per_block;
     emulator::options.shared_per_sm = gpu.smem_per_sm;
+    Plan plan = make_plan(p, request, gpu);
+    bool fits = true;
+    if (const int error = cuda::resident(p, plan, pass, fits)) return error;
+    if (!fits) {
+      request.strategy = Strategy::split;
+      plan = make_plan(p, request, gpu);
+    }
+    if (plan_out) *plan_out = plan;
     Workspace workspace(plan.workspace_bytes);
     buffers.workspace(workspace.data(), plan.workspace_bytes);
     const int error = entry(p, plan, args, workspace.data(), nullptr);
@@ -116,11 +125,18 @@ NK_API void nk_options(uint64_t seed, int resident_clusters, int yield_percent, 
   emulator::options.preempt_ppm = preempt_ppm;
 }
 
+// What holds places on the chip beside the kernels: multiprocessors, and room that large clusters would need.
+NK_API void nk_occupy(int64_t busy_sms, int largest_cluster) {
+  emulator::options.busy_sms = busy_sms;
+  emulator::options.largest_cluster = largest_cluster;
+}
+
 // Sizes of the structs, in the order of backend.py's mirrors: a mirror that has fallen behind shows at once.
 NK_API int nk_sizes(int64_t* sizes, int room) {
   const int64_t all[] = {sizeof(Domain),      sizeof(Problem),      sizeof(Param),       sizeof(Grad),
                          sizeof(ForwardArgs), sizeof(BackwardArgs), sizeof(MomentsArgs), sizeof(Gpu),
-                         sizeof(Request),     sizeof(Launch),       sizeof(Reduce),      sizeof(Plan)};
+                         sizeof(Request),     sizeof(Launch),       sizeof(Reduce),      sizeof(Team),
+                         sizeof(Plan),        sizeof(RunningArgs)};
   const int count = int(sizeof all / sizeof all[0]);
   for (int i = 0; i < count && i < room; ++i) sizes[i] = all[i];
   return count;
@@ -167,4 +183,20 @@ NK_API int nk_moments(const Problem* p, const Request* request, const Gpu* gpu, 
   buffers.out(a->mean_out, groups, sizeof(double), "mean_out");
   buffers.out(a->var_out, groups, sizeof(double), "var_out");
   return run(*p, *request, *gpu, Pass::moments, *a, buffers, plan, cuda::moments);
+}
+
+NK_API int nk_update_running(const RunningArgs* a) {
+  emulator::set_last_error("");
+  const int64_t channels = a->channels, moments = a->batch * channels, size = int64_t(sizeof(double));
+  Buffers buffers;
+  buffers.in(a->batch_mean, moments, size, "batch_mean");
+  buffers.in(a->batch_var, moments, size, "batch_var");
+  buffers.changed(a->mean, channels, "running_mean");
+  buffers.changed(a->var, channels, "running_var");
+  try {
+    return cuda::update_running(*a, nullptr);
+  } catch (const std::exception& error) {
+    emulator::set_last_error(error.what());
+    return kUnknownError;
+  }
 }

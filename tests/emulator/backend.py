@@ -25,7 +25,7 @@ from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MODES = ("plain", "checked", "asan")
-STRATEGIES = ("automatic", "warp", "block", "split")
+STRATEGIES = ("automatic", "warp", "block", "cluster", "subgrid", "split")
 WALKS = ("rows", "columns")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -105,6 +105,19 @@ class CMomentsArgs(Struct):
     _fields_: ClassVar[Fields] = [(name, ctypes.c_void_p) for name in ("x", "mean_out", "var_out")]
 
 
+class CRunningArgs(Struct):
+    _fields_: ClassVar[Fields] = [
+        ("mean", CVector),
+        ("var", CVector),
+        ("batch_mean", ctypes.c_void_p),
+        ("batch_var", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("count", ctypes.c_double),
+        ("momentum", ctypes.c_double),
+    ]
+
+
 class Gpu(Struct):
     _fields_: ClassVar[Fields] = [
         ("sms", ctypes.c_int),
@@ -137,11 +150,28 @@ class Reduce(Struct):
     ]
 
 
+class Team(Struct):
+    _fields_: ClassVar[Fields] = [
+        ("walk", ctypes.c_int32),
+        ("weights", ctypes.c_int32),
+        ("weight_sums", ctypes.c_bool),
+        ("blocks", ctypes.c_int),
+        ("by_lines", ctypes.c_bool),
+        ("cluster", ctypes.c_bool),
+        ("width", ctypes.c_int),
+        ("lanes", ctypes.c_int),
+        ("seats", ctypes.c_int),
+        ("stages", ctypes.c_int),
+        ("columns", ctypes.c_int64),
+        ("teams", ctypes.c_int64),
+    ]
+
+
 class Plan(Struct):
     _fields_: ClassVar[Fields] = [
         ("strategy", ctypes.c_int32),
         ("vec", ctypes.c_int),
-        ("lanes", ctypes.c_int),
+        ("team", Team),
         ("fused", Launch),
         ("map", Launch),
         ("reduce", Reduce),
@@ -158,13 +188,18 @@ class Plan(Struct):
 
 # In the order of nk_sizes().
 MIRRORS = [
-    CDomain, CProblem, CVector, CVector, CForwardArgs, CBackwardArgs, CMomentsArgs, Gpu, CRequest, Launch, Reduce, Plan,
+    CDomain, CProblem, CVector, CVector, CForwardArgs, CBackwardArgs, CMomentsArgs, Gpu, CRequest, Launch, Reduce, Team,
+    Plan, CRunningArgs,
 ]  # fmt: skip
 
-H200 = Gpu(132, 232448, 233472, 60 << 20, 8)
-# One multiprocessor with little shared memory: blocks must go round their loops, whose later turns are where the
+H200 = Gpu(132, 232448, 233472, 60 << 20, 16)
+# Few multiprocessors with little shared memory: blocks must go round their loops, whose later turns are where the
 # hazards are. A block may still have as much as on a real chip.
-TINY = Gpu(1, 232448, 16384, 0, 1)
+TINY = Gpu(1, 232448, 16384, 0, 4)
+SMALL = Gpu(5, 232448, 49152, 0, 8)
+# Enough of them for sums that are merged in two rounds.
+MEDIUM = Gpu(20, 232448, 233472, 0, 16)
+CHIPS = (MEDIUM, TINY, SMALL, TINY)
 
 # ---- the libraries
 
@@ -221,6 +256,8 @@ def load(mode: str) -> ctypes.CDLL:
     library.nk_last_error.restype = ctypes.c_char_p
     for name in ("nk_forward", "nk_backward", "nk_moments"):
         getattr(library, name).argtypes = [ctypes.c_void_p] * 5
+    library.nk_update_running.argtypes = [ctypes.c_void_p]
+    library.nk_occupy.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.nk_options.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     sizes = (ctypes.c_int64 * 64)()
     count = library.nk_sizes(sizes, 64)
@@ -328,6 +365,18 @@ class EmulatedBackend:
         self._run("nk_moments", problem, x, args, [x])
         return mean_out, var_out
 
+    def update_running(
+        self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+    ) -> bool:
+        channels = running_mean.numel()
+        args = CRunningArgs(
+            _vector(running_mean), _vector(running_var), _pointer(mean), _pointer(var),
+            mean.numel() // channels, channels, count, momentum,
+        )  # fmt: skip
+        if self.library.nk_update_running(ctypes.byref(args)):
+            raise RuntimeError(self.library.nk_last_error().decode())
+        return True
+
     def _moment_outputs(self, problem: Problem, save: bool) -> tuple[Tensor, Tensor]:
         groups = problem.stats.groups if save else 0
         sizes = (
@@ -349,7 +398,7 @@ class EmulatedBackend:
         self._check_sizes(problem, x, buffers)
         draw = zlib.crc32(repr((problem, x.dtype, function)).encode())
         seed = draw % 8 if self.seed is None else self.seed
-        gpu = (TINY if draw >> 8 & 1 else H200) if self.gpu is None else self.gpu
+        gpu = CHIPS[draw >> 8 & 3] if self.gpu is None else self.gpu
         aligned = all((_pointer(tensor) or 0) % 16 == 0 for tensor in buffers)
         c_problem = CProblem(
             CDomain(*problem.stats.sizes), CDomain(*problem.affine.sizes),

@@ -186,6 +186,12 @@ int launch(const LaunchConfig& config, Stream, void (*kernel)(Parameters...), Ar
   return ::emulator::launch(config, kernel, std::forward<Arguments>(arguments)...);
 }
 
+template <class... Parameters>
+int can_be_resident(const LaunchConfig& config, void (*)(Parameters...), bool& yes) {
+  yes = ::emulator::can_be_resident(config);
+  return 0;
+}
+
 int zero_async(void* data, size_t bytes, Stream stream);
 
 inline void fence() { ::emulator::fence(); }

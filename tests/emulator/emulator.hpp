@@ -45,6 +45,8 @@ struct Options {
   int64_t sms = 132;              // multiprocessors: how many blocks of a cooperative launch can be resident
   int64_t shared_limit = 232448;  // shared memory of a block, after opting in
   int64_t shared_per_sm = 233472;
+  int64_t busy_sms = 0;      // multiprocessors that others hold, which the planner cannot know
+  int largest_cluster = 16;  // blocks of a cluster that this chip can place
 };
 extern Options options;
 
@@ -61,6 +63,8 @@ struct Call {
 
 // Runs a grid to its end; throws std::runtime_error with the find, if there is one.
 void run(const LaunchConfig& config, const Call& call);
+// Whether all blocks of a cooperative launch, or one cluster, find room at the same time.
+bool can_be_resident(const LaunchConfig& config);
 void set_last_error(const char* message);
 const char* last_error();
 long long switches();  // fiber switches so far

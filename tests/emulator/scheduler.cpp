@@ -211,13 +211,9 @@ void check_launch(const LaunchConfig& config) {
     refuse("bad cluster size " + number(cluster) + " for this grid");
   if (int64_t(config.shared) > options.shared_limit)
     refuse(number(config.shared) + " bytes of dynamic shared memory are too much for a block");
-  if (config.cooperative) {
-    constexpr int64_t kReserved = 1024;  // what the system takes of each block's shared memory
-    const int64_t per_sm = std::min(
-        {int64_t(2048 / threads_per_block), int64_t(32), options.shared_per_sm / (int64_t(config.shared) + kReserved)});
-    if (int64_t(volume(config.grid)) > per_sm * options.sms)
-      refuse("a cooperative grid of " + number(volume(config.grid)) + " blocks cannot be resident at once");
-  }
+  if (!can_be_resident(config))
+    refuse("a grid of " + number(volume(config.grid)) + " blocks in clusters of " + number(cluster) +
+           " cannot be resident at once");
 }
 
 std::vector<uint3> cluster_origins(const LaunchConfig& config) {
@@ -251,6 +247,15 @@ void run_clusters(const LaunchConfig& config) {
 }
 
 }  // namespace
+
+bool can_be_resident(const LaunchConfig& config) {
+  if (int64_t(volume(config.cluster)) > options.largest_cluster) return false;
+  if (!config.cooperative) return true;
+  constexpr int64_t kReserved = 1024;  // what the system takes of each block's shared memory
+  const int64_t per_sm = std::min({int64_t(2048 / volume(config.block)), int64_t(32),
+                                   options.shared_per_sm / (int64_t(config.shared) + kReserved)});
+  return int64_t(volume(config.grid)) <= per_sm * (options.sms - options.busy_sms);
+}
 
 size_t volume(dim3 size) { return size_t(size.x) * size.y * size.z; }
 

@@ -1,0 +1,11 @@
+// direct.h: small calls on the CPU without torch's dispatcher, as functions of the Python module _host.
+#pragma once
+
+#include <Python.h>
+
+namespace normkern::bind {
+
+// Adds set_up, recall, remember, forget and known; -1 with a Python exception set if that fails.
+int add_direct(PyObject* module);
+
+}  // namespace normkern::bind

@@ -1,0 +1,132 @@
+"""direct.py: small calls on the CPU, past the checks and past torch's dispatcher.
+
+A call that went through functional.py's checks once is remembered there (`remember`), by everything the checks look at.
+The next one like it is recognized in C++ (csrc/bind/direct.cpp) and runs at once (`run`), with the same kernels and so
+the same bits. Wherever something watches or transforms calls (torch.compile, torch.func, modes, tracing, the profiler),
+nothing is recognized.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normkern import autograd, backends
+from normkern.backends import select
+from normkern.backends.native import Native
+from normkern.problem import NEED_DRESIDUAL, Act, Moments, Problem
+
+MOST_ELEMENTS = 1 << 14  # of x; C++ holds it too
+
+_is_compiling = torch.compiler.is_compiling
+_watchers: tuple[Any, ...] = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._get_tracing_state,
+    torch._C._autograd._profiler_enabled,
+)
+
+
+def _allowed(x: Tensor) -> bool:
+    if forward_ad._current_level >= 0:
+        return False
+    if backends._forced_anywhere or backends._environment is not None:
+        return type(select(x)) is Native
+    # Nothing is asked for: as select, without the price of asking the first backend.
+    for backend in backends.BACKENDS.values():
+        if type(backend) is Native:
+            return backend.cpu_why_not is None
+        if backend.why_not(x) is None:
+            return False
+    return False
+
+
+def _unwatched() -> bool:
+    return not any(watcher() for watcher in _watchers)
+
+
+class _Direct(torch.autograd.Function):
+    """Its forward is C++ (differentiable_forward), set below."""
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        known, moments = ctx.known
+        problem: Problem = known.problem
+        wanted = ctx.needs_input_grad[1:5]
+        x, weight, bias, residual, *given = ctx.saved_tensors
+        mean, var = given or (None, None)
+        wanted += (False,) * (4 - len(wanted))  # the last arguments may be missing
+        if not _is_compiling() and not torch.is_grad_enabled() and _unwatched():
+            passes_on = wanted[3] and problem.act == Act.none
+            needs = wanted[0] | wanted[1] << 1 | wanted[2] << 2 | wanted[3] << 3
+            if passes_on:
+                needs &= ~NEED_DRESIDUAL
+            got = known.backward(dy, x, weight, bias, residual, mean, var, moments, needs)
+            if got is None:
+                dense = autograd.same_buffer(dy, x)
+                got = known.backward(dense, x, weight, bias, residual, mean, var, moments, needs)
+            if got is not None:
+                return (None, *got[:3], dy if passes_on else got[3])[: len(ctx.needs_input_grad)]
+        if moments is not None:
+            both = torch.frombuffer(moments, dtype=torch.float64)
+            mean, var = (None, both) if problem.moments == Moments.second else both.view(2, -1).unbind()
+        backend = backends.BACKENDS["native"]
+        found = autograd.gradients(problem, backend, wanted, dy, known.strides, x, weight, bias, residual, mean, var)
+        return (None, *found)[: len(ctx.needs_input_grad)]
+
+
+def _host() -> Any:
+    """The C++ side, or None where it is not built, or sees no tensors in this version of torch."""
+    try:
+        host: Any = importlib.import_module("normkern._host")
+    except ImportError:
+        return None
+    if not hasattr(host, "differentiable_forward"):  # of an older build
+        return None
+    _Direct.forward = staticmethod(host.differentiable_forward)  # type: ignore[method-assign]
+    # As autograd._run: Function.apply without what it does for torch.func, which never comes here.
+    apply = super(torch.autograd.Function, _Direct).apply
+    sees = host.set_up(
+        Tensor,
+        torch.nn.Parameter,
+        torch.empty_like,
+        Tensor.is_neg,
+        torch.is_grad_enabled,
+        _watchers,
+        _allowed,
+        apply,
+    )
+    return host if sees else None
+
+
+_HOST = _host()
+_run: Any = (lambda *_: None) if _HOST is None else _HOST.run
+_increment_version: Any = torch.autograd.graph.increment_version
+
+
+def run(call: tuple[Any, ...], momentum: float | None) -> Tensor | None:
+    """y, if a call like this was remembered; None: it has to go through all checks.
+
+    `call` is (name, x, weight, bias, residual, mean, var, *options), where options are what else the checks look at.
+    mean and var are running statistics that move by `momentum`; or, if that is None, the moments as they are given.
+    """
+    if _is_compiling():
+        return None
+    y = _run(call, momentum)
+    if y is not None and momentum is not None and call[5] is not None:
+        _increment_version(call[5:7])
+    return y  # type: ignore[no-any-return]
+
+
+def remember(call: tuple[Any, ...], problem: Problem) -> None:
+    """The call, as for `run`, has passed all checks and is this problem of x as it is."""
+    if _is_compiling() or _HOST is None or problem.weight_order is not None:
+        return
+    if not call[1].is_cpu or call[1].numel() > MOST_ELEMENTS or not _unwatched():
+        return
+    sizes = problem.stats.sizes, problem.affine.sizes
+    _HOST.remember(call, problem, *sizes, int(problem.moments), int(problem.act), problem.eps)
