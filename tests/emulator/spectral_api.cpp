@@ -66,8 +66,8 @@ int64_t spectrum_count(const MultiplyArgs& a, bool folded) {
 #define NK_API extern "C" __attribute__((visibility("default")))
 
 NK_API int nk_spectral_sizes(int64_t* sizes, int room) {
-  const int64_t all[] = {sizeof(Taps), sizeof(Points), sizeof(LagsArgs), sizeof(Spectrum), sizeof(MultiplyArgs),
-                         sizeof(PointsArgs)};
+  const int64_t all[] = {sizeof(Taps),     sizeof(Points),       sizeof(LagsArgs),
+                         sizeof(Spectrum), sizeof(MultiplyArgs), sizeof(PointsArgs)};
   const int count = int(sizeof all / sizeof all[0]);
   for (int i = 0; i < count && i < room; ++i) sizes[i] = all[i];
   return count;
