@@ -1,10 +1,11 @@
-# make demo | test | lint | bench | wheel | clean
+# make demo | test | sanitize | lint | bench | wheel | clean
 #
 # Everything runs in .venv, which is made on first use. On a machine without internet, name an interpreter that has
 # torch, numpy, pytest, cmake and pybind11: `make test PYTHON=/path/to/python` uses it as it is and installs nothing.
 # NORMKERN_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS reach the build (see setup.py).
 
 VENV ?= .venv
+EXTRAS ?= test,demo,bench
 
 ifdef PYTHON
   ENVIRONMENT :=
@@ -12,7 +13,7 @@ ifdef PYTHON
 else
   PYTHON := $(abspath $(VENV))/bin/python
   ENVIRONMENT := $(VENV)/made
-  INSTALL := $(PYTHON) -m pip install -q --no-build-isolation -e '.[test,demo,bench]'
+  INSTALL := $(PYTHON) -m pip install -q --no-build-isolation -e '.[$(EXTRAS)]'
 endif
 export PATH := $(dir $(PYTHON)):$(PATH)
 # The pinned torch; where there is an NVIDIA GPU, any that fits its driver.
@@ -21,7 +22,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc
 CXX_FILES := $(shell find csrc tests/emulator -name build -prune -o -name '*.h' -print -o -name '*.hpp' -print \
   -o -name '*.cuh' -print -o -name '*.cpp' -print -o -name '*.cu' -print)
 
-.PHONY: demo test lint bench wheel clean force
+.PHONY: demo test sanitize lint bench wheel clean force
 
 demo: build/installed
 	$(PYTHON) -m normkern demo
@@ -29,6 +30,13 @@ demo: build/installed
 test: build/installed build/tests/passed build/emulator/made
 	NORMKERN_EMULATOR_DIR=$(abspath build/emulator) \
 	  $(PYTHON) -m pytest $(PYTEST_ARGS) $$($(PYTHON) -c 'import xdist' 2>/dev/null && printf '%s' '-n auto --maxprocesses 8')
+
+# The C++ table of cases through the CPU kernels under AddressSanitizer and UBSan: several minutes of compiling.
+sanitize: $(ENVIRONMENT)
+	cmake -S . -B build/sanitized -DNORMKERN_CUDA=OFF -DNORMKERN_TORCH=OFF -DNORMKERN_PYTHON=OFF -DNORMKERN_TESTS=OFF \
+	  -DNORMKERN_SANITIZE=ON >/dev/null
+	cmake --build build/sanitized --target test_cpu_sanitized --parallel $(or $(MAX_JOBS),$(shell nproc))
+	ctest --test-dir build/sanitized --output-on-failure
 
 bench: build/installed
 	$(PYTHON) -m pytest bench --benchmark-only $(BENCH_ARGS)

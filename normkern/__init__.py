@@ -13,6 +13,7 @@ from normkern.functional import (
     moments,
     rms_norm,
 )
+from normkern.nn.convert import convert, register_converter, revert
 from normkern.running import frozen_running_stats
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
+    "convert",
     "explain",
     "frozen_running_stats",
     "group_norm",
@@ -28,6 +30,8 @@ __all__ = [
     "layer_norm",
     "moments",
     "nn",
+    "register_converter",
+    "revert",
     "rms_norm",
     "use_backend",
 ]

@@ -79,6 +79,7 @@ SETUPS = list(setups())
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow; so does any -m")
+    parser.addoption("--large", action="store_true", help="also the tests that need 20 GiB of memory")
     parser.addoption(
         "--bounds", action="store_true", help="print how much of its error bound every backend used (not with -n)"
     )
@@ -109,11 +110,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow") or config.getoption("-m"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    off = {"slow", "large"} - {name for name in ("slow", "large") if config.getoption(f"--{name}")}
+    if config.getoption("-m"):
+        off.discard("slow")
+    unwanted = [item for item in items if any(item.get_closest_marker(name) for name in off)]
+    config.hook.pytest_deselected(items=unwanted)
+    items[:] = [item for item in items if not any(item.get_closest_marker(name) for name in off)]
 
 
 @pytest.fixture

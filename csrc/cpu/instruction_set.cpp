@@ -13,7 +13,7 @@ struct Choice {
   const KernelTable* table;
 };
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(NK_ONE_INSTRUCTION_SET)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -23,7 +23,7 @@ bool has_avx512() {
 
 // NORMKERN_CPU lowers the choice; a set that this CPU lacks, or an unknown name, changes nothing.
 Choice choose() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(NK_ONE_INSTRUCTION_SET)
   const char* wanted = std::getenv("NORMKERN_CPU");
   const auto may_be = [&](const char* name) { return !wanted || std::strcmp(wanted, name) == 0; };
   const bool lowest = wanted && std::strcmp(wanted, "baseline") == 0;

@@ -120,6 +120,10 @@ def forced_backend() -> Backend | None:
 
 def select(x: Tensor) -> Backend:
     """The backend that runs a call on x."""
+    if type(x) is not Tensor and hasattr(x, "device_mesh"):  # a DTensor, whose parts are selected for in their turn
+        from normkern.sharded import SHARDED
+
+        return SHARDED
     forced = forced_backend() if _forced_anywhere or _environment is not None else None
     if forced is not None:
         why = forced.why_not(x)

@@ -1,5 +1,6 @@
 """nn: the stock modules with normkern's forward."""
 
+from normkern.nn.convert import convert, register_converter, revert
 from normkern.nn.norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -11,6 +12,7 @@ from normkern.nn.norm import (
     LayerNorm,
     RMSNorm,
 )
+from normkern.nn.sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -22,4 +24,8 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
+    "SyncBatchNorm",
+    "convert",
+    "register_converter",
+    "revert",
 ]
