@@ -163,6 +163,7 @@ constexpr Plan plan_fused(const Problem& p, const Request& request, int vec, Str
   const Weights weights = fused_weights(p, strategy);
   const int64_t size = size_of(p.dtype);
   const int streams = streams_of(request.pass);
+  const int64_t limit = request.pass == Pass::backward ? kBackwardThreads : kFusedThreads;
   Plan plan;
   plan.strategy = strategy;
   plan.vec = vec;
@@ -191,13 +192,13 @@ constexpr Plan plan_fused(const Problem& p, const Request& request, int vec, Str
       const int64_t seat = power_of_two_from(all <= 8 ? all : clamp(ceil_div(all, 4), 8, 32));
       team.width = int(least(power_of_two_from(slots), seat));
       team.lanes = int(seat / team.width);
-      threads = sums && weights == Weights::column ? 512 : 128;
+      threads = sums && weights == Weights::column ? kBackwardThreads : 128;
       // Sums of columns lie in shared memory beside the elements, for every seat.
       while (threads > 128 && threads / seat * units.columns * (2 * compute_size(p.dtype) + 4 * size) > 96 * 1024)
         threads /= 2;
       team.seats = int(threads / seat);
     } else {
-      lay_out(team, lines, slots, clamp(round_up(ceil_div(all, 4), 32), 64, kFusedThreads));
+      lay_out(team, lines, slots, clamp(round_up(ceil_div(all, 4), 32), 64, limit));
       threads = team.threads();
     }
   }

@@ -80,7 +80,7 @@ struct FusedBackward {
 };
 
 template <class T, int V, bool C>
-__global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_backward(const FusedBackward<T, V> f) {
+__global__ void __launch_bounds__(C ? kSlabThreads : kBackwardThreads, 1) fused_backward(const FusedBackward<T, V> f) {
   using A = Compute<T>;
   using Access = Vec<T, V>;
   constexpr int N = C ? V : 1;
