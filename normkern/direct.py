@@ -17,10 +17,10 @@ from torch.autograd import forward_ad
 
 from normkern import autograd, backends
 from normkern.backends import select
-from normkern.backends.native import Native
+from normkern.backends.native import Native, thread_pool
 from normkern.problem import NEED_DRESIDUAL, Act, Moments, Problem
 
-MOST_ELEMENTS = 1 << 14  # of x; C++ holds it too
+MOST_ELEMENTS = 1 << 22  # of x; C++ holds it too
 
 _is_compiling = torch.compiler.is_compiling
 _watchers: tuple[Any, ...] = (
@@ -99,6 +99,7 @@ def _host() -> Any:
         _watchers,
         _allowed,
         apply,
+        *thread_pool(),
     )
     return host if sees else None
 

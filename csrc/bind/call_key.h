@@ -14,7 +14,9 @@
 
 namespace normkern::bind {
 
-constexpr int64_t kMostElements = 1 << 14;  // one thread does these on the general path too, so the bits are the same
+// Beyond this size what is saved is a trifle. Without torch's threads only what one thread does on the general path
+// too, so that the bits are the same.
+constexpr int64_t kMostElements = 1 << 22, kMostOfOneThread = 1 << 14;
 constexpr int32_t kMostDims = 8;
 
 // What Python lends, once.
@@ -25,6 +27,8 @@ struct TorchSide {
   PyObject* allowed = nullptr;   // whether this backend runs a call on that tensor
   PyObject* apply = nullptr;     // of the autograd.Function whose forward is differentiable_forward
   const DlExchange* exchange = nullptr;
+  int64_t (*thread_count)() = nullptr;
+  void (*run_on_threads)(int64_t tasks, void (*task)(void*, int64_t), void* state) = nullptr;
 };
 inline TorchSide torch_side;
 
@@ -58,7 +62,7 @@ inline bool look(PyObject* object, Operand& o) {
   o.dtype = *dtype;
   o.numel = 1;
   for (int32_t i = 0; i < o.t.ndim; ++i) o.numel *= o.t.shape[i];
-  return o.numel > 0 && o.numel <= kMostElements;
+  return o.numel > 0 && o.numel <= (torch_side.run_on_threads ? kMostElements : kMostOfOneThread);
 }
 
 // A view that stands for the negative of its memory, which DLPack does not show.

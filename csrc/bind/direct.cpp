@@ -36,6 +36,24 @@ PyCFunction fast() {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(guarded<function>));
 }
 
+cpu::Threads threads() {
+  if (!torch_side.run_on_threads) return {};
+  return {torch_side.thread_count(), torch_side.run_on_threads};
+}
+
+// Runs a kernel; other Python threads go on meanwhile where that is worth it.
+template <class Kernel>
+void unlocked(const Problem& p, Kernel kernel) {
+  struct Release {
+    PyThreadState* state;
+    explicit Release(bool wanted) : state(wanted ? PyEval_SaveThread() : nullptr) {}
+    ~Release() {
+      if (state) PyEval_RestoreThread(state);
+    }
+  } release(p.stats.numel() > kMostOfOneThread);
+  kernel();
+}
+
 // ---- a call that was checked ----
 
 struct Known {
@@ -168,7 +186,7 @@ PyObject* forward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
   if (!y) return nullptr;
   a.y = operands.data_of_buffer(y, "y");
   if (!a.y) return Py_DECREF(y), nullptr;
-  cpu::forward(p, a, {});
+  unlocked(p, [&] { cpu::forward(p, a, threads()); });
   if (moves) {
     r.batch_mean = a.mean_out;
     r.batch_var = a.var_out;
@@ -229,7 +247,7 @@ PyObject* backward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
   a.dweight = {out[1], a.weight.dtype};
   a.dbias = {out[2], a.bias.dtype};
   a.dresidual = out[3];
-  cpu::backward(p, a, {});
+  unlocked(p, [&] { cpu::backward(p, a, threads()); });
   return result;
 }
 
@@ -292,8 +310,9 @@ void forget_all() {
 
 PyObject* set_up(PyObject*, PyObject* args) {
   PyObject *tensor, *parameter, *empty_like, *is_neg, *is_grad_enabled, *watchers, *allowed, *apply;
-  if (!PyArg_ParseTuple(args, "OOOOOO!OO", &tensor, &parameter, &empty_like, &is_neg, &is_grad_enabled, &PyTuple_Type,
-                        &watchers, &allowed, &apply))
+  unsigned long long thread_count, run_on_threads;
+  if (!PyArg_ParseTuple(args, "OOOOOO!OOKK", &tensor, &parameter, &empty_like, &is_neg, &is_grad_enabled, &PyTuple_Type,
+                        &watchers, &allowed, &apply, &thread_count, &run_on_threads))
     return nullptr;
   if (!PyType_Check(tensor) || !PyType_Check(parameter)) {
     PyErr_SetString(PyExc_TypeError, "set_up: the first two arguments must be types");
@@ -307,7 +326,17 @@ PyObject* set_up(PyObject*, PyObject* args) {
   if (!exchange || exchange->major != kDlMajor || !exchange->view_object) Py_RETURN_FALSE;
   for (PyObject* lent : {tensor, parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply})
     Py_INCREF(lent);
-  torch_side = {tensor, parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply, exchange};
+  torch_side = {tensor,
+                parameter,
+                empty_like,
+                is_neg,
+                is_grad_enabled,
+                watchers,
+                allowed,
+                apply,
+                exchange,
+                reinterpret_cast<int64_t (*)()>(thread_count),
+                reinterpret_cast<decltype(TorchSide::run_on_threads)>(run_on_threads)};
   Py_RETURN_TRUE;
 }
 
@@ -459,7 +488,8 @@ PyObject* count_known(PyObject*, PyObject*) { return PyLong_FromSize_t(table().s
 
 PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS,
-     "set_up(Tensor, Parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply): what calls are "
+     "set_up(Tensor, Parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply, thread_count, "
+     "run_on_threads): what calls are "
      "recognized and run by; False if that cannot be."},
     {"run", fast<run>(), METH_FASTCALL,
      "run((name, x, weight, bias, residual, mean, var, *options), momentum) -> y or None"},

@@ -25,6 +25,17 @@ struct Cpu {
 }  // namespace
 }  // namespace normkern::bind
 
+// The same pool for calls that do not come through the dispatcher (direct.cpp), which links no torch.
+extern "C" {
+__attribute__((visibility("default"))) int64_t normkern_thread_count() {
+  return int64_t(torch::stable::get_num_threads());
+}
+__attribute__((visibility("default"))) void normkern_run_on_threads(int64_t tasks, void (*task)(void*, int64_t),
+                                                                    void* state) {
+  normkern::bind::run_on_torch_threads(tasks, task, state);
+}
+}
+
 // stats and affine are [batch, rows, keep, cols]; moments and act are the values of the enums in core/problem.h.
 // What was not asked for comes back as a tensor of size 0.
 STABLE_TORCH_LIBRARY(normkern, library) {

@@ -6,6 +6,7 @@ says in one sentence why a device cannot be served.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,17 @@ def _load(file: str, remedy: str) -> str | None:
     except OSError as error:
         return f"{file} does not load ({error}); {_REBUILD}"
     return None
+
+
+def thread_pool() -> tuple[int, int]:
+    """The addresses in the loaded CPU library of torch's thread count and of its parallel loop; zeros without them."""
+    try:
+        library = ctypes.CDLL(str(_HERE / "_C_cpu.so"))
+        functions = library.normkern_thread_count, library.normkern_run_on_threads
+    except (OSError, AttributeError):
+        return 0, 0
+    count, run = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    return count, run
 
 
 class Native:
