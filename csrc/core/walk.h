@@ -11,10 +11,10 @@ namespace normkern {
 // groups, for runs too short to fill a vector.
 enum class Walk : int32_t { rows, columns };
 
-constexpr int kAccessBytes = 16;    // the widest access of a thread
-constexpr int kFusedThreads = 512;  // most threads of a block, by kernel: their __launch_bounds__
+constexpr int kAccessBytes = 16;       // the widest access of a thread
+constexpr int kFusedThreads = 512;     // most threads of a block, by kernel: their __launch_bounds__
 constexpr int kBackwardThreads = 384;  // of fused: it keeps more in registers
-constexpr int kSlabThreads = 256;   // fused, by columns
+constexpr int kSlabThreads = 256;      // fused, by columns
 constexpr int kReduceThreads = 512;
 constexpr int kColumnThreads = 256;
 constexpr int kMapThreads = 256;
