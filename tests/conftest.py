@@ -101,6 +101,7 @@ SETUPS = list(setups())
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow; so does any -m")
+    parser.addoption("--schedules", action="store_true", help="also every emulated strategy on 34 random schedules")
     parser.addoption("--large", action="store_true", help="also the tests that need 20 GiB of memory")
     parser.addoption(
         "--bounds", action="store_true", help="print how much of its error bound every backend used (not with -n)"
@@ -132,7 +133,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    off = {"slow", "large"} - {name for name in ("slow", "large") if config.getoption(f"--{name}")}
+    off = {name for name in ("slow", "large", "schedules") if not config.getoption(f"--{name}")}
     if config.getoption("-m"):
         off.discard("slow")
     unwanted = [item for item in items if any(item.get_closest_marker(name) for name in off)]

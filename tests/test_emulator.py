@@ -94,7 +94,7 @@ def test_schedules_give_the_same_bits(strategy: str, name: str) -> None:
     same_on_schedules(strategy, name, MEDIUM if "tall" in name else SMALL, range(4))
 
 
-@pytest.mark.slow
+@pytest.mark.schedules
 @pytest.mark.parametrize("gpu", [MEDIUM, TINY], ids=["medium", "tiny"])
 @pytest.mark.parametrize("name", SCHEDULED)
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
