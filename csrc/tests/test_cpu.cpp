@@ -77,7 +77,8 @@ void real_threads(int64_t tasks, void (*task)(void*, int64_t), void* state) {
 }
 
 #if defined(__SANITIZE_ADDRESS__)
-const cpu::Threads kPools[] = {{1, nullptr}, {5, backwards}, {3, real_threads}};  // 64 takes the same paths, and minutes
+const cpu::Threads kPools[] = {
+    {1, nullptr}, {5, backwards}, {3, real_threads}};  // 64 takes the same paths, and minutes
 #else
 const cpu::Threads kPools[] = {{1, nullptr}, {5, backwards}, {64, backwards}, {3, real_threads}};
 #endif
