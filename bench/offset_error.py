@@ -1,5 +1,6 @@
-# How the error against float64 grows with mean/std of the input, float32, for torch and for normkern.
+# How the error against float64 grows with mean/std of the input, for torch and for normkern.
 #   python bench/offset_error.py [--device cuda] [--csv FILE]
+# bfloat16 has 8 bits: beyond mean/std of about 100 nothing but its own rounding is left of the deviations.
 from __future__ import annotations
 
 import argparse
@@ -18,7 +19,7 @@ from sheet import Row, Sheet, device_name  # noqa: E402
 import normkern.functional  # noqa: E402
 from normkern.measure import relative_error  # noqa: E402
 
-OFFSETS = (0, 10, 100, 1000, 10000)
+OFFSETS = {"float32": (0, 10, 100, 1000, 10000), "bfloat16": (0, 10, 100)}
 IMAGE, TOKENS = (4, 64, 56, 56), (8, 197, 768)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -42,13 +43,14 @@ def results(functions: Any, norm: str, tensors: list[Tensor], dy: Tensor) -> lis
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-def measure(norm: str, layout: str, offset: float, device: torch.device) -> list[Row]:
+def measure(norm: str, layout: str, dtype: str, offset: float, device: torch.device) -> list[Row]:
     shape = TOKENS if norm == "layer_norm" else IMAGE
     size = shape[-1] if norm == "layer_norm" else shape[1]
     g = torch.Generator().manual_seed(0)
-    x = (torch.randn(shape, generator=g, dtype=torch.float64) + offset).float().to(device)
-    dy = torch.randn(shape, generator=g).to(device)
-    weight, bias = (1 + torch.randn(size, generator=g) / 2).to(device), torch.randn(size, generator=g).to(device)
+    of_x = {"dtype": getattr(torch, dtype), "device": device}
+    x = (torch.randn(shape, generator=g, dtype=torch.float64) + offset).to(**of_x)
+    dy = torch.randn(shape, generator=g).to(**of_x)
+    weight, bias = (1 + torch.randn(size, generator=g) / 2).to(**of_x), torch.randn(size, generator=g).to(**of_x)
     # The reference sees the same rounded input, contiguous: torch's float64 cancels in channels_last as well.
     exact = results(F, norm, [t.double() for t in (x, weight, bias)], dy.double())
     x, dy = (t.contiguous(memory_format=LAYOUTS[layout]) for t in (x, dy)) if x.dim() == 4 else (x, dy)
@@ -59,38 +61,77 @@ def measure(norm: str, layout: str, offset: float, device: torch.device) -> list
             error = relative_error(a, b)
             mode = "forward" if what == "output" else "backward"
             rows.append(Row(norm, name, mode, f"relative_error_{what}", "mean/std", f"{offset:g}", error, error, error))
-            rows[-1].dtype, rows[-1].layout, rows[-1].device = "float32", layout, device_name(device)
+            rows[-1].dtype, rows[-1].layout, rows[-1].device = dtype, layout, device_name(device)
     return rows
 
 
 def show(rows: list[Row], metric: str) -> None:
-    """A Markdown table of one metric: the one in the README."""
-    found = {
-        (row.kernel_name, row.layout, row.kernel_provider, row.x_value): row.y_50
-        for row in rows
-        if row.metric == metric
-    }
-    print(f"\n{metric}\n| norm, layout | library | " + " | ".join(f"mean/std {offset}" for offset in OFFSETS) + " |")
-    print("|---|---" + "|---:" * len(OFFSETS) + "|")
-    for norm, layout, provider in dict.fromkeys(key[:3] for key in found):
-        errors = [f"{found[norm, layout, provider, str(offset)]:.1e}" for offset in OFFSETS]
-        print(f"| {norm}, {layout} | {provider} | " + " | ".join(errors) + " |")
+    """Markdown tables of one metric."""
+    for dtype, offsets in OFFSETS.items():
+        found = {
+            (row.kernel_name, row.layout, row.kernel_provider, row.x_value): row.y_50
+            for row in rows
+            if row.metric == metric and row.dtype == dtype
+        }
+        columns = " | ".join(f"mean/std {offset}" for offset in offsets)
+        print(f"\n{metric}, {dtype}\n| norm, layout | library | {columns} |")
+        print("|---|---" + "|---:" * len(offsets) + "|")
+        for norm, layout, provider in dict.fromkeys(key[:3] for key in found):
+            errors = [f"{found[norm, layout, provider, str(offset)]:.1e}" for offset in offsets]
+            print(f"| {norm}, {layout} | {provider} | " + " | ".join(errors) + " |")
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """One panel for each norm: error of the output in float32 against mean/std, both libraries, both layouts."""
+    from matplotlib import pyplot as plt
+
+    norms = list(dict.fromkeys(row.kernel_name for row in rows))
+    figure, panels = plt.subplots(1, len(norms), figsize=(3 * len(norms), 3.2), sharey=True, layout="constrained")
+    curves: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.metric == "relative_error_output" and row.dtype == "float32":
+            at = max(float(row.x_value), 1)  # 0 has no place on a logarithmic axis
+            curves.setdefault((row.kernel_name, row.kernel_provider, row.layout), []).append((at, row.y_50))
+    for (norm, provider, layout), points in curves.items():
+        panels[norms.index(norm)].plot(
+            *zip(*points, strict=True),
+            color={"torch": "tab:red", "normkern": "tab:blue"}[provider],
+            linestyle={"contiguous": "-", "channels_last": "--"}[layout],
+            marker="o",
+            markersize=3,
+            label=f"{provider}, {layout.replace('_', ' ')}",
+        )
+    for panel, norm in zip(panels, norms, strict=True):
+        panel.set(title=norm, xscale="log", yscale="log", xlabel="mean/std (0 shown at 1)")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("relative error of the output (L2), float32")
+    panels[0].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="error against float64 by mean/std of the input")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--plot", type=Path, help="a PNG file; needs matplotlib")
     arguments = parser.parse_args()
     cases = [(norm, layout) for norm in ("batch_norm", "group_norm", "instance_norm") for layout in LAYOUTS]
     cases.append(("layer_norm", "contiguous"))
     device = torch.device(arguments.device)
-    rows = [row for case in cases for offset in OFFSETS for row in measure(*case, offset, device)]
+    rows = [
+        row
+        for case in cases
+        for dtype, offsets in OFFSETS.items()
+        for offset in offsets
+        for row in measure(*case, dtype, offset, device)
+    ]
     for metric in ("relative_error_output", "relative_error_dx", "relative_error_dweight"):
         show(rows, metric)
     sheet = Sheet(arguments.csv)
     for row in rows:
         sheet.add(row)
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""direct.py: small calls on the CPU, past the checks and past torch's dispatcher.
+"""direct.py: calls on the CPU, past the checks and past torch's dispatcher.
 
 A call that went through functional.py's checks once is remembered there (`remember`), by everything the checks look at.
 The next one like it is recognized in C++ (csrc/bind/direct.cpp) and runs at once (`run`), with the same kernels and so

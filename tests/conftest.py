@@ -102,7 +102,7 @@ SETUPS = list(setups())
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow; so does any -m")
     parser.addoption("--schedules", action="store_true", help="also every emulated strategy on 34 random schedules")
-    parser.addoption("--large", action="store_true", help="also the tests that need 20 GiB of memory")
+    parser.addoption("--large", action="store_true", help="also the tests that need 16 GiB of memory")
     parser.addoption(
         "--bounds", action="store_true", help="print how much of its error bound every backend used (not with -n)"
     )
