@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import os
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,12 +18,6 @@ import torch.multiprocessing as mp
 PATIENCE = 300  # seconds for one function; machines that share their cores pause
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def _packed(done: bool, result: Any) -> bytes:
     """By value: tensors in shared memory would be lost with the process."""
     stream = io.BytesIO()
@@ -31,10 +25,13 @@ def _packed(done: bool, result: Any) -> bytes:
     return stream.getvalue()
 
 
-def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world: int, meeting: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=PATIENCE))
+    # A file to meet at and the loopback device: no host name has to be resolved, which can take minutes.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", f"file://{meeting}", datetime.timedelta(seconds=PATIENCE), rank=rank, world_size=world
+    )
     while True:
         job = pipe.recv()
         if job is None:
@@ -53,11 +50,11 @@ class Ranks:
 
     def __init__(self, world: int = 2) -> None:
         context = mp.get_context("spawn")
-        port = _free_port()
+        meeting = tempfile.mktemp(prefix="normkern-ranks-")
         self.pipes, self.processes = [], []
         for rank in range(world):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world, meeting, theirs), daemon=True)
             process.start()
             self.pipes.append(mine)
             self.processes.append(process)

@@ -113,14 +113,13 @@ def launch_bound(name: str) -> int:
         return int(re.findall(rf"k{kind}Threads = (\d+)", text)[0])
     text = (ROOT / "csrc" / "core" / "walk.h").read_text()
     bounds = {key.lower(): int(value) for key, value in re.findall(r"k(\w+)Threads = (\d+)", text)}
-    kinds = {"fused_forward": "fused", "fused_backward": "backward"}
-    kinds |= {
+    kinds = {
+        "fused_forward": "fused",
+        "fused_backward": "backward",
         "reduce_rows": "reduce",
         "reduce_columns": "column",
-        "map": "map",
-        "prepare": "map",
-        "move_running": "map",
     }
+    kinds |= {"map": "map", "prepare": "map", "move_running": "map"}
     kernel = name.split("<")[0].rsplit("::", 1)[-1]
     if by_columns(name):
         return bounds["slab"]
