@@ -216,8 +216,8 @@ def test_explain_names_backend_problem_and_reasons(spy: Spy) -> None:
     with use_backend("spy"):
         found = normkern.explain("group_norm", x, 32, act="silu")
     assert found.backend == "spy"
-    assert found.why_not == {name: "spy is asked for" for name in BACKENDS if name != "spy"} | {
-        name: why for name, b in BACKENDS.items() if (why := b.why_not(x)) is not None
+    assert found.why_not == {b.name: "spy is asked for" for b in BACKENDS.values() if b.name != "spy"} | {
+        b.name: why for b in BACKENDS.values() if (why := b.why_not(x)) is not None
     }
     assert found.problem == Problem(Domain(2, 64, 32, 2), Domain(1, 128, 64, 1), Moments.mean_var, Act.silu, 1e-5)
     assert not found.copied

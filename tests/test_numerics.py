@@ -49,7 +49,8 @@ def test_error_is_flat_in_the_offset(backend: Setup, norm: str, layout: str) -> 
         for name in ("y", "dx", "dweight", "dbias"):
             if name in want:
                 error = relative_error(got[name].cpu(), want[name].value)
-                limit = 2 * base.setdefault(name, error) + 1e-8
+                # A gradient of six numbers may be luckier at 0 than a rounding of each.
+                limit = 2 * max(base.setdefault(name, error), 2**-23)
                 assert error <= limit, f"{name} at offset {offset}: {error:.2e}, at 0: {base[name]:.2e}"
                 assert base[name] <= 3e-7
 
@@ -196,8 +197,10 @@ def test_units_in_the_last_place(backend: Setup, norm: str) -> None:
     want = expected(case, inputs)["y"].value
     ulps = (call(case, on(inputs, backend), normkern).cpu().double() - want).abs() / (2 * half_ulp(want, torch.float32))
     ulps = ulps[want.abs() > 0.1]  # nearer to 0 the last place says nothing
-    assert (ulps <= 1).double().mean() >= 0.75  # three roundings in float32: x - mean, rstd, their product
-    assert ulps.max() <= 4
+    # Three roundings in float32: x - mean, rstd, their product; a GPU's rstd has an error of its own.
+    cpu = backend.name in ("native", "eager")
+    assert (ulps <= 1).double().mean() >= (0.75 if cpu else 0.7)
+    assert ulps.max() <= (4 if cpu else 5)
 
 
 def test_reference_moments() -> None:
