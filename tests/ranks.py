@@ -27,6 +27,7 @@ def _packed(done: bool, result: Any) -> bytes:
 
 def _serve(rank: int, world: int, meeting: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # workers of a pool would outlive this process
     # A file to meet at and the loopback device: no host name has to be resolved, which can take minutes.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
