@@ -18,13 +18,15 @@ double element(const void* x, DType dtype, int64_t e) {
 template <class A>
 class BoxMoments {
  public:
-  // Where one task keeps the sums of a box of `entries` entries.
+  // Where one task keeps the sums of boxes of up to `entries` entries; `exact` is made when it is first needed.
   struct Scratch {
+    int64_t numbers;
     Buffer<A> quick;
     Buffer<double> wide, exact;
     Buffer<Spread> found;
     Scratch(const Layout& l, int64_t entries)
-        : quick(buffer<A>(entries * (1 + lanes(l)))),
+        : numbers(entries * (1 + lanes(l))),
+          quick(buffer<A>(numbers)),
           wide(buffer<double>(entries * 2)),
           found(buffer<Spread>(entries)) {}
     static int64_t lanes(const Layout& l) { return l.columns || l.stats.rows == 1 ? 0 : 2 * kMaxLanes; }
@@ -71,7 +73,7 @@ class BoxMoments {
       return;
     }
     // Once more in float64, from the mean that was found or, if none was, from a value.
-    if (!scratch.exact) scratch.exact = buffer<double>(n * (1 + Scratch::lanes(l_)));
+    if (!scratch.exact) scratch.exact = buffer<double>(scratch.numbers);
     ShiftedSums<double> exact = {scratch.exact.get(), scratch.exact.get() + n, sum, sum + n};
     for (int64_t k = 0; k < groups; ++k) {
       double shift = found[k].mean;

@@ -488,6 +488,22 @@ void outlier_first() {
   }
 }
 
+// A task may meet a short tile before a long one, and sums of either in float64: here the second of two tasks, with
+// tiles of 4 groups and of 1.
+void short_tile_first() {
+  Case c = make({"short tile first", {3, 200, 5, 40}, {1, 600, 200, 1}}, DType::f32, 0, Act::none);
+  c.x = Vector(DType::f32, c.x.size, 0.1);
+  const cpu::Threads two = {2, backwards};
+  Vector mean(DType::f64, 15), var(DType::f64, 15), y(DType::f32, c.x.size);
+  ForwardArgs f;
+  f.x = c.x.data();
+  f.y = y.data();
+  f.mean_out = static_cast<double*>(mean.data());
+  f.var_out = static_cast<double*>(var.data());
+  cpu::forward(c.p, f, two);
+  for (int64_t g = 0; g < 15; ++g) check(mean[g] == c.x[0] && var[g] == 0, "%s: group %ld", c.name.c_str(), long(g));
+}
+
 // Results of half types are the correctly rounded ones but for near ties.
 void correctly_rounded() {
   for (const Geometry& g : geometries(4, 64, 100, 8)) {
@@ -521,6 +537,7 @@ int main() {
   std::printf("instruction set: %s\n", normkern::cpu::instruction_set());
   normkern::test::exact_properties();
   normkern::test::outlier_first();
+  normkern::test::short_tile_first();
   normkern::test::offsets();
   normkern::test::correctly_rounded();
   normkern::test::table();
