@@ -198,7 +198,7 @@ void near(const char* what, const Case& c, const Vector& got, const std::vector<
           const std::vector<Real>& scale, double computed) {
   for (int64_t i = 0; i < got.size; ++i) {
     // Rounded once to the result's type, plus a few roundings of the type that it is computed in.
-    const Real tiny = c.p.dtype == DType::f16 ? 0x1p-24 : 1e-37;
+    const Real tiny = got.dtype == DType::f16 ? 0x1p-24 : 1e-37;  // float16's last place below 2^-14
     const Real bound = 1.001 * epsilon(got.dtype) * std::fabs(exact[i]) + computed * scale[i] + tiny;
     if (!check(std::fabs(got[i] - exact[i]) <= bound, "%s: %s[%ld] is %.9g, not %.9Lg (bound %.2Lg)", c.name.c_str(),
                what, long(i), got[i], exact[i], bound))
