@@ -7,6 +7,7 @@ Santurkar et al., "How Does Batch Normalization Help Optimization?" (2018): norm
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,11 +130,11 @@ def batch_noise(
     check_input(name, input, 2)
     mean_range, scale_range, jitter = _check_noise(name, mean_range, scale_range, jitter)
     n, c = input.shape[:2]
-    draw = {"generator": generator, "device": input.device, "dtype": torch.float32}
-    mu = (2 * torch.rand(c, **draw) - 1) * mean_range  # type: ignore[call-overload]
-    sigma = 1 + torch.rand(c, **draw) * (scale_range - 1)  # type: ignore[call-overload]
-    m = mu + (2 * torch.rand(n, c, **draw) - 1) * jitter  # type: ignore[call-overload]
-    s = sigma + torch.randn(n, c, **draw) * jitter  # type: ignore[call-overload]
+    draw: dict[str, Any] = {"generator": generator, "device": input.device, "dtype": torch.float32}
+    mu = (2 * torch.rand(c, **draw) - 1) * mean_range
+    sigma = 1 + torch.rand(c, **draw) * (scale_range - 1)
+    m = mu + (2 * torch.rand(n, c, **draw) - 1) * jitter
+    s = sigma + torch.randn(n, c, **draw) * jitter
     over = [n, c] + [1] * (input.dim() - 2)
     return input * s.view(over).to(input.dtype) + m.view(over).to(input.dtype)
 

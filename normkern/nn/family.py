@@ -22,6 +22,8 @@ class _Channels(torch.nn.Module):
     """A layer of `num_features` channels: weight 1, bias 0 and what a subclass adds."""
 
     dims: tuple[int, ...] = (4,)
+    weight: torch.nn.Parameter | None
+    bias: torch.nn.Parameter | None
 
     def __init__(self, num_features: int, affine: bool, **where: Any) -> None:
         super().__init__()
@@ -120,6 +122,8 @@ class FilterResponseNorm3d(_FilterResponseNorm):
 
 class _WithRunningVar(_Channels):
     statistics_frozen = 0  # blocks of running.frozen_running_stats that are open
+    running_var: Tensor
+    v: torch.nn.Parameter | None
 
     def __init__(self, num_features: int, momentum: float, affine: bool, variant: str, **where: Any) -> None:
         family._check_variant(type(self).__name__, variant)
@@ -128,7 +132,7 @@ class _WithRunningVar(_Channels):
         self.register_buffer("running_var", torch.ones(num_features, **where))
 
     def _tracked(self) -> Tensor | None:
-        return None if self.training and self.statistics_frozen else self.running_var  # type: ignore[return-value]
+        return None if self.training and self.statistics_frozen else self.running_var
 
 
 class _VarianceNorm(_WithRunningVar):
@@ -196,6 +200,8 @@ class EvoNorm2dS0(_Channels):
         nonlinearity: without it there is no `v`, and the layer is weight and bias alone, as in the published code.
         variant: "torch" or "paper", see normkern.evo_norm_s0.
     """
+
+    v: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -332,6 +338,8 @@ class LpBatchNorm2d(_Channels):
     """
 
     statistics_frozen = 0
+    running_mean: Tensor
+    running_size: Tensor
 
     def __init__(
         self,
@@ -365,8 +373,8 @@ class LpBatchNorm2d(_Channels):
         kept = not (self.training and self.statistics_frozen)
         return F.lp_batch_norm(
             input,
-            self.running_mean if kept else None,  # type: ignore[arg-type]
-            self.running_size if kept else None,  # type: ignore[arg-type]
+            self.running_mean if kept else None,
+            self.running_size if kept else None,
             self.weight,
             self.bias,
             self.training,

@@ -23,7 +23,7 @@ class _WeightConv2d(torch.nn.Conv2d):
 
     def __init__(self, *args: Any, gain: bool, eps: float, **kwargs: Any) -> None:
         self.eps = eps
-        self._kept: tuple[object, Tensor] | None = None
+        self._kept: Any = None
         super().__init__(*args, **kwargs)
         where: Any = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.gain = torch.nn.Parameter(torch.ones(self.out_channels, **where)) if gain else None
@@ -44,7 +44,7 @@ class _WeightConv2d(torch.nn.Conv2d):
         state = tuple((id(p), p._version, p.data_ptr()) for p in (self.weight, self.gain) if p is not None)
         if self._kept is None or self._kept[0] != state:
             self._kept = state, self._normalize()
-        return self._kept[1]
+        return self._kept[1]  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.normalized_weight(), self.bias)
@@ -55,7 +55,7 @@ class _WeightConv2d(torch.nn.Conv2d):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._kept = None
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
