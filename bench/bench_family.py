@@ -140,7 +140,9 @@ def on_maps(sheet: Sheet, timm: Any, quick: bool, dtypes: tuple[torch.dtype, ...
                     x = torch.randn(shape).to(dtype).to(memory_format=layout).requires_grad_()
                     dy = torch.randn(shape).to(dtype).to(memory_format=layout)
 
-                    def step(f: Callable[[Tensor], Tensor], leaves: list[Tensor], x: Tensor = x, dy: Tensor = dy) -> object:
+                    def step(
+                        f: Callable[[Tensor], Tensor], leaves: list[Tensor], x: Tensor = x, dy: Tensor = dy
+                    ) -> object:
                         return torch.autograd.grad(f(x), [x, *leaves], dy)
 
                     leaves = list(ours.parameters())
@@ -177,7 +179,9 @@ def on_kernels(sheet: Sheet, timm: Any, quick: bool) -> None:
         "formula": lambda: step(standardize),
         "timm": lambda: step(as_timm),
     }
-    report(sheet, "weight_standardize", "network", "resnet50", "float32", "contiguous", rounds(steps, 2 if quick else 15))
+    report(
+        sheet, "weight_standardize", "network", "resnet50", "float32", "contiguous", rounds(steps, 2 if quick else 15)
+    )
 
 
 def main() -> None:

@@ -153,6 +153,8 @@ class Variance:
     ) -> Sequence[Tensor | None]:
         weight, bias, residual = parameters
         mean, var = moments
+        if x.dtype in (torch.float16, torch.bfloat16):  # dx is made in two steps, and rounded once
+            x, dy, residual = x.float(), dy.float(), None if residual is None else residual.float()
         need_x, need_weight, need_bias, need_residual = wanted
         passes_on = need_residual and self.problem.act == Act.none
         scale = torch.ones_like(var) if weight is None else weight.double()
