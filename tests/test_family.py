@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import zlib
 from collections.abc import Callable
@@ -555,3 +556,134 @@ def test_exported() -> None:
         assert getattr(F, name) is getattr(normkern, name)
         doc: Any = getattr(normkern, name).__doc__
         assert doc
+
+
+# ---- layers of timm
+
+
+def plain_std(w: Tensor, eps: float) -> Tensor:
+    flat = w.flatten(1)
+    return ((flat - flat.mean(1, keepdim=True)) / (flat.var(1, correction=0, keepdim=True) + eps).sqrt()).view_as(w)
+
+
+class _Stand(nn.Module):
+    """The attributes of timm's layers."""
+
+    def __init__(self, channels: int, threshold: str | None) -> None:
+        super().__init__()
+        for name in ("weight", "bias", *([threshold] if threshold else ())):
+            setattr(self, name, nn.Parameter(torch.rand(channels) + 0.5))
+        self.eps, self.groups, self.momentum, self.act = EPS, 2, 0.3, nn.SiLU()
+        self.register_buffer("running_var", torch.rand(channels) + 0.5)
+
+
+class FilterResponseNormTlu2d(_Stand):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(response(x, self.weight, self.bias), over(self.tau, x))
+
+
+class FilterResponseNormAct2d(_Stand):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(response(x, self.weight, self.bias))
+
+
+class EvoNorm2dS0(_Stand):
+    def forward(self, x: Tensor) -> Tensor:
+        return s0(x, self.weight, self.bias, self.v)
+
+
+class EvoNorm2dB0(_Stand):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return b0(x, self.weight, self.bias, self.v, self.running_var)
+        with torch.no_grad():
+            self.running_var.lerp_(x.var((0, 2, 3)), self.momentum)
+        return b0(x, self.weight, self.bias, self.v)
+
+
+class StdConv2d(nn.Conv2d):
+    eps = EPS
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, plain_std(self.weight, self.eps), self.bias)
+
+
+class ScaledStdConv2d(nn.Conv2d):
+    eps, scale = EPS, 0.25
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, plain_std(self.weight, self.eps) * self.gain * self.scale, self.bias)
+
+
+FilterResponseNormTlu2d.__module__ = FilterResponseNormAct2d.__module__ = "timm.layers.filter_response_norm"
+EvoNorm2dS0.__module__ = EvoNorm2dB0.__module__ = "timm.layers.evo_norm"
+StdConv2d.__module__ = ScaledStdConv2d.__module__ = "timm.layers.std_conv"
+
+
+def of_timm() -> list[nn.Module]:
+    """The layers themselves where timm is installed, and what stands for them where it is not."""
+    stand_ins: list[nn.Module] = [
+        FilterResponseNormTlu2d(4, "tau"),
+        FilterResponseNormAct2d(4, None),
+        EvoNorm2dS0(4, "v"),
+        EvoNorm2dB0(4, "v"),
+        StdConv2d(4, 6, (3, 2), padding=1, groups=2),
+        ScaledStdConv2d(4, 6, 3, stride=2, dilation=2),
+    ]
+    try:
+        layers: Any = importlib.import_module("timm.layers")
+    except (ImportError, RuntimeError):  # it imports torchvision, which may be built for another torch
+        return stand_ins
+    real: list[nn.Module] = [
+        layers.FilterResponseNormTlu2d(4),
+        layers.FilterResponseNormTlu2d(4, apply_act=False),
+        layers.FilterResponseNormAct2d(4, act_layer=nn.SiLU),
+        layers.EvoNorm2dS0(4, 2),
+        layers.EvoNorm2dS0(4, 2, apply_act=False),
+        layers.EvoNorm2dS0a(4, 2),
+        layers.EvoNorm2dB0(4),
+        layers.EvoNorm2dB0(4, apply_act=False),
+        layers.StdConv2d(4, 6, (3, 2), padding=1, groups=2),
+        layers.ScaledStdConv2d(4, 6, 3, stride=2, dilation=2),
+    ]
+    return stand_ins + real
+
+
+@pytest.mark.parametrize("index", range(len(of_timm())))
+def test_layers_of_timm(index: int) -> None:
+    """Converted, they train as before, to the same statistics, and come back."""
+    torch.manual_seed(index)
+    stock = of_timm()[index].double()
+    with torch.no_grad():
+        for p in stock.parameters():
+            p.add_(torch.rand_like(p) / 2)
+    mine = copy.deepcopy(stock)
+    report = normkern.convert(mine, dry_run=True)
+    normkern.convert(mine)
+    assert len(report.converted) == 1, str(report)
+    x = torch.randn(3, 4, 9, 8, dtype=torch.float64)
+    for training in (True, False):
+        for module in (stock, mine):
+            module.train(training)
+        y, want = mine(x), stock(x)
+        # In timm variances are float32.
+        assert torch.allclose(y, want, rtol=1e-5, atol=1e-6)
+        dy = torch.randn_like(y)
+        got = torch.autograd.grad(y, list(mine.parameters()), dy, allow_unused=True)
+        for a, b in zip(got, torch.autograd.grad(want, list(stock.parameters()), dy, allow_unused=True), strict=True):
+            assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    for name, t in stock.state_dict().items():
+        assert torch.allclose(mine.state_dict()[name], t, rtol=1e-6)
+    normkern.revert(mine)
+    assert type(mine) is type(stock)
+
+
+def test_own_layers_are_left_alone() -> None:
+    model = nn.Sequential(normkern.nn.EvoNorm2dS0(4, 2), normkern.nn.VarianceNorm2d(4), normkern.nn.WSConv2d(4, 4, 1))
+    report = normkern.convert(model, dry_run=True)
+    assert not report.converted
+    assert not [row for row in report.skipped if "no converter" in str(row)]

@@ -23,7 +23,8 @@ NK_INLINE Pack<float> exp_lanes(Pack<float> x) {
   p = p * r + fill(1.0f);
   using I = Vector<int32_t, kLanes>;
   const I exponent = bit_cast<I>(shifted) - 0x4b400000, half = exponent >> 1;
-  const Pack<float> low = bit_cast<Pack<float>>((half + 127) << 23), high = bit_cast<Pack<float>>((exponent - half + 127) << 23);
+  const Pack<float> low = bit_cast<Pack<float>>((half + 127) << 23),
+                    high = bit_cast<Pack<float>>((exponent - half + 127) << 23);
   return p * low * high;
 }
 
