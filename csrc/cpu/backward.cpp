@@ -172,14 +172,9 @@ class Backward {
   }
 
   void read_moments(const Box& box, int64_t first, Centers<A>& centers) const {
-    const auto read = [](Param param, int64_t i) {
-      double value = 0;
-      with_type(param.dtype, [&](auto type) { value = to_double(static_cast<const decltype(type)*>(param.data)[i]); });
-      return value;
-    };
     centers.set(l_, box, p_.eps, first, elements(box), [&](int64_t k) {
       const int64_t group = box.b * l_.stats.keep + box.k0 + k;
-      return Spread{1, p_.moments == Moments::second ? 0 : read(a_.mean, group), read(a_.var, group)};
+      return Spread{1, p_.moments == Moments::second ? 0 : element(a_.mean, group), element(a_.var, group)};
     });
   }
 
@@ -261,14 +256,7 @@ class Backward {
 
   // ---- the two sweeps over a box ----
 
-  Elements<A> elements(const Box& box) const {
-    Elements<A> e = elements_;
-    if (l_.columns) {
-      e.weight += l_.first_weight(box);
-      e.bias += l_.first_weight(box);
-    }
-    return e;
-  }
+  Elements<A> elements(const Box& box) const { return at_box(elements_, l_, box); }
 
   void sum(const Box& box, Center<A> center, const Scratch& w, const Share& share) const {
     const int64_t n = l_.entries_of(box), groups = box.groups();

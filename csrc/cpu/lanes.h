@@ -1,4 +1,5 @@
-// lanes.h: a few elements in vector registers, and their way from and to memory. Included by norm.cpp alone.
+// lanes.h: a few elements in vector registers, and their way from and to memory. Included by the files that are
+// compiled once per instruction set.
 //
 // A Pack is kLanes elements whatever they are computed in, so a float64 pack takes two registers. The vector types are
 // GCC's and Clang's own, as wide as the instruction set the file is compiled for; everything is internal and inlined.
@@ -12,6 +13,7 @@
 #pragma GCC diagnostic push
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop

@@ -236,6 +236,12 @@ inline void from_double(double v, double& to) { to = v; }
 inline void from_double(double v, f16& to) { to = to_f16(v); }
 inline void from_double(double v, bf16& to) { to = to_bf16(v); }
 
+inline double element(Param from, int64_t i) {
+  double v = 0;
+  with_type(from.dtype, [&](auto type) { v = to_double(static_cast<const decltype(type)*>(from.data)[i]); });
+  return v;
+}
+
 template <class A>
 constexpr DType kDTypeOf = sizeof(A) == 8 ? DType::f64 : DType::f32;
 
@@ -276,6 +282,16 @@ class Expanded {
   Buffer<A> owned_;
   const A* data_ = nullptr;
 };
+
+// The elements as the loops over a box take them: with columns, weights begin at its first entry.
+template <class A>
+Elements<A> at_box(Elements<A> e, const Layout& l, const Box& box) {
+  if (l.columns) {
+    e.weight += l.first_weight(box);
+    e.bias += l.first_weight(box);
+  }
+  return e;
+}
 
 // Vectors that say how x is normalized, with an entry per group or per column.
 template <class A>

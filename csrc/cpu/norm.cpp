@@ -113,12 +113,12 @@ NK_INLINE void put(T* p, Pack<A> v, int64_t n, Stream) {
 
 enum class Tail { none, relu, any };
 
-// Calls loop(tail) with the Tail of the elements as a constant.
 template <Tail kTail>
 struct TailOf {
   static constexpr Tail value = kTail;
 };
 
+// Calls loop(tail) with the Tail of the elements as a constant.
 template <class A, class Loop>
 NK_INLINE void with_tail(const Elements<A>& a, Loop loop) {
   if constexpr (sizeof(A) == 4) {
