@@ -32,7 +32,8 @@ class Backward {
                   bias_.data(),
                   p.act,
                   l.by_line,
-                  l.stats.numel() * size_of(p.dtype) >= kStreamBytes},
+                  l.stats.numel() * size_of(p.dtype) >= kStreamBytes,
+                  0},
         wants_weights_(a.dweight.data || a.dbias.data),
         wants_sums_(a.dx && p.moments != Moments::given) {}
 

@@ -166,6 +166,7 @@ class Forward {
 
   void fused(int64_t wanted, const Tiles& tiles) {
     const int64_t entries = tiles.most_entries();
+    elements_.ahead = tiles.pitch();
     const auto spreads = buffer<Spread>(wanted * tiles.keeps);
     Centers<A> centers(l_, wanted * entries);
     parallel(threads_, wanted, [&](int64_t task) {

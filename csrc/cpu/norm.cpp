@@ -109,6 +109,12 @@ NK_INLINE void put(T* p, Pack<A> v, int64_t n, Stream) {
     store_some(p, v, n);
 }
 
+// What streams has left the caches: the next tile comes while this one goes.
+template <class Stream, class T>
+NK_INLINE void fetch(const T* p, int64_t ahead, Stream) {
+  if constexpr (Stream::value) __builtin_prefetch(p + ahead);
+}
+
 // ---- what follows the affine step ----
 
 enum class Tail { none, relu, any };
@@ -173,6 +179,7 @@ void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, 
         const auto xhat = Normalize<A>::of(center, run);
         const A *weight = a.weight + entry, *bias = a.bias + entry;
         for_packs(y, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
           const Pack<A> z = fma(xhat(load_some<A>(x + i, m)), load_some<A>(weight + i, m), load_some<A>(bias + i, m));
           put(y + i, finish<kTail, T>(a, e + i, m, z), m, stream);
         });
@@ -181,6 +188,7 @@ void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, 
         const Pack<A> mean = fill(center.mean[run]), scale = fill(factor),
                       shift = fill(a.bias[entry] - center.low[run] * factor);
         for_packs(y, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
           const Pack<A> z = fma(load_some<A>(x + i, m) - mean, scale, shift);
           put(y + i, finish<kTail, T>(a, e + i, m, z), m, stream);
         });
@@ -395,6 +403,8 @@ void sums_columns(const Elements<A>& elements, const Columns& c, Center<A> cente
     constexpr Tail kTail = decltype(tail)::value;
     constexpr int kStep = 8;
     for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
+      fetch_strip<kStep>(static_cast<const T*>(a.x) + e, j, c);
+      fetch_strip<kStep>(static_cast<const T*>(a.dy) + e, j, c);
       const Pack<A> mean = load_some<A>(center.mean + j, n), rstd = load_some<A>(center.rstd + j, n);
       Pack<A> sum = fill(A(0)), sum_xhat = sum;
       const auto step = [&](int64_t line) NK_INLINED {
