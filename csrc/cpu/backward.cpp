@@ -9,7 +9,8 @@
 namespace normkern::cpu {
 namespace {
 
-constexpr int64_t kWideRow = 1 << 15;  // elements; shares of longer rows of weights would leave the cache
+constexpr int64_t kKeptBytes = 1 << 23;  // of dz, for one task
+constexpr int64_t kWideRow = 1 << 15;    // elements; shares of longer rows of weights would leave the cache
 
 template <class A>
 class Backward {
@@ -33,7 +34,8 @@ class Backward {
                   p.act,
                   l.by_line,
                   l.stats.numel() * size_of(p.dtype) >= kStreamBytes,
-                  0},
+                  0,
+                  nullptr},
         wants_weights_(a.dweight.data || a.dbias.data),
         wants_sums_(a.dx && p.moments != Moments::given) {}
 
@@ -65,7 +67,12 @@ class Backward {
     Workspace all(wanted, tiles.keeps, entries);
     Centers<A> centers(l_, wanted * entries);
     shares_.resize(wanted);
+    // dz of a tile, where it takes an exponential that need not be computed twice.
+    const bool costly = (p_.act == Act::silu || p_.act == Act::gelu) && wants_sums_;
+    const int64_t elements = tiles.keeps * l_.stats.count();
+    const bool keeps = costly && elements * int64_t(sizeof(A)) <= kKeptBytes;
     parallel(threads_, wanted, [&](int64_t task) {
+      const Buffer<A> kept = buffer<A>(keeps ? elements : 0);
       const int64_t begin = Grid::cut(tiles.count(), wanted, task), end = Grid::cut(tiles.count(), wanted, task + 1);
       const Box boxes = tiles.boxes(begin, end);
       open_box(shares_[task], boxes, tiles.box(end - 1).b - boxes.b + 1);
@@ -78,9 +85,9 @@ class Backward {
           sum_and_slope(box, center, w, shares_[task]);
           continue;
         }
-        sum(box, center, w, shares_[task]);
+        sum(box, center, w, shares_[task], keeps ? kept.get() : nullptr);
         finish(box, center, w.sums, w);
-        slope(box, center, w);
+        slope(box, center, w, keeps ? kept.get() : nullptr);
       }
     });
   }
@@ -259,11 +266,12 @@ class Backward {
 
   Elements<A> elements(const Box& box) const { return at_box(elements_, l_, box); }
 
-  void sum(const Box& box, Center<A> center, const Scratch& w, const Share& share) const {
+  void sum(const Box& box, Center<A> center, const Scratch& w, const Share& share, A* kept = nullptr) const {
     const int64_t n = l_.entries_of(box), groups = box.groups();
     std::fill_n(w.first, n, 0.0);
     std::fill_n(w.second, n, 0.0);
-    const Elements<A> e = elements(box);
+    Elements<A> e = elements(box);
+    e.kept = kept;
     if (!l_.columns) {
       const BackwardSums s = {wants_sums_ ? w.first : nullptr, w.second, share.dbias.get(), share.dweight.get(),
                               share.first};
@@ -316,9 +324,10 @@ class Backward {
     }
   }
 
-  void slope(const Box& box, const Center<A>& center, const Scratch& w) const {
+  void slope(const Box& box, const Center<A>& center, const Scratch& w, A* kept = nullptr) const {
     if (!a_.dx && !a_.dresidual) return;
     Elements<A> e = elements(box);
+    e.kept = kept;
     if (zeros_) {
       e.x = a_.dy;
       e.residual = nullptr;

@@ -157,6 +157,27 @@ NK_INLINE Pack<A> where_at_most(Pack<A> a, Pack<A> b, Pack<A> yes, Pack<A> no) {
   return no;
 }
 
+// The larger (the smaller) of two, or b where either is NaN.
+NK_INLINE Pack<float> largest(Pack<float> a, Pack<float> b) {
+#if defined(__AVX512F__)
+  return {bit_cast<Pack<float>::V>(_mm512_max_ps(bit_cast<__m512>(a.part[0]), bit_cast<__m512>(b.part[0])))};
+#elif defined(__AVX__)
+  return {bit_cast<Pack<float>::V>(_mm256_max_ps(bit_cast<__m256>(a.part[0]), bit_cast<__m256>(b.part[0])))};
+#else
+  return where_less(b, a, a, b);
+#endif
+}
+
+NK_INLINE Pack<float> smallest(Pack<float> a, Pack<float> b) {
+#if defined(__AVX512F__)
+  return {bit_cast<Pack<float>::V>(_mm512_min_ps(bit_cast<__m512>(a.part[0]), bit_cast<__m512>(b.part[0])))};
+#elif defined(__AVX__)
+  return {bit_cast<Pack<float>::V>(_mm256_min_ps(bit_cast<__m256>(a.part[0]), bit_cast<__m256>(b.part[0])))};
+#else
+  return where_less(a, b, a, b);
+#endif
+}
+
 // ---- N storage elements to and from N floats ----
 
 // N 16-bit integers as 32-bit ones and back. Generic forms exist for all of what is spelled out in intrinsics here and
