@@ -64,6 +64,7 @@ class Backward {
 
   void fused(int64_t wanted, const Tiles& tiles) {
     const int64_t entries = tiles.most_entries();
+    elements_.ahead = tiles.pitch();
     Workspace all(wanted, tiles.keeps, entries);
     Centers<A> centers(l_, wanted * entries);
     shares_.resize(wanted);

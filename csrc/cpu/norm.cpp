@@ -306,9 +306,6 @@ NK_INLINE void sum_rows(const Elements<A>& a, Center<A> center, int64_t e, int64
       Pack<A> sum = fill(A(0)), sum_xhat = sum;
 #pragma GCC unroll 4
       for (int k = 0; k < kRows; ++k) {
-        // Rows of a page or less come too fast for the hardware to look ahead.
-        if (kRows > 1) __builtin_prefetch(x + (k + kRows) * pitch + i);
-        if (kRows > 1) __builtin_prefetch(dy + (k + kRows) * pitch + i);
         const Pack<A> xhat = normalize[k](load_some<A>(x + k * pitch + i, m));
         const Pack<A> dz = dz_of<kTail, T>(a, e + k * pitch + i, m, load_some<A>(dy + k * pitch + i, m),
                                            [&]() NK_INLINED { return fma(xhat, w, load_some<A>(bias + i, m)); });
@@ -467,6 +464,8 @@ void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup
         const auto xhat = Normalize<A>::of(center, run);
         const A *weight = a.weight + entry, *bias = a.bias + entry;
         for_packs(to, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
+          fetch(static_cast<const T*>(a.dy) + e + i, a.ahead, stream);
           const Pack<A> xs = load_some<A>(x + i, m), w = load_some<A>(weight + i, m);
           const Pack<A> dz = dz_again<kTail, T>(
               a, e + i, place + i, m, [&]() NK_INLINED { return fma(xhat(xs), w, load_some<A>(bias + i, m)); });
@@ -476,6 +475,8 @@ void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup
         const A factor = center.rstd[run] * a.weight[entry];
         const Pack<A> scale = fill(factor), shift = fill(a.bias[entry] - center.low[run] * factor);
         for_packs(to, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
+          fetch(static_cast<const T*>(a.dy) + e + i, a.ahead, stream);
           const Pack<A> d = load_some<A>(x + i, m) - mean;
           const Pack<A> dz =
               dz_again<kTail, T>(a, e + i, place + i, m, [&]() NK_INLINED { return fma(d, scale, shift); });
