@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkern.backends import select
+from normkern.backends import triton_spectrum as triton_spectrum  # registers operators
 
 logger = logging.getLogger("normkern")
 
@@ -70,11 +71,13 @@ def _offsets(kernel: Sequence[int]) -> list[tuple[int, int]]:
     return [(i, j) for i in range(rows) for j in range(0 if i == 0 else 1 - cols, cols)]
 
 
-def _runs_native(x: Tensor) -> bool:
-    """Compiled kernels can take x: there are some, and nobody looks into the operators (torch.func, forward mode)."""
+def _kernels(x: Tensor) -> str | None:
+    """The backend whose kernels can take x, None for the formulas: operators are opaque to torch.func and to forward
+    mode, and the eager backend has none."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return select(x).name == "native"
+        return None
+    name = select(x).name
+    return name if name in _OPERATORS else None
 
 
 # ---- the formulas in plain PyTorch
@@ -141,7 +144,7 @@ class _Lags(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return _operator("lags")(weight)  # type: ignore[no-any-return]
+        return _operator("lags", weight)(weight)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dlags: Tensor) -> Tensor:
@@ -164,12 +167,12 @@ def lags(weight: Tensor) -> Tensor:
     """Summed autocorrelation of weight (Cout, depth, kh, kw): float64 (Cout, lags)."""
     if weight.dtype not in (torch.float32, torch.float64):
         weight = weight.float()
-    if not _runs_native(weight):
+    if _kernels(weight) is None:
         return eager_lags(weight)
     weight = weight.contiguous()
     if torch.is_grad_enabled() and weight.requires_grad:
         return _Lags.apply(weight)  # type: ignore[no-any-return,no-untyped-call]
-    return _operator("lags")(weight)  # type: ignore[no-any-return]
+    return _operator("lags", weight)(weight)  # type: ignore[no-any-return]
 
 
 # ---- V
@@ -179,7 +182,7 @@ class _InverseRoot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, torus: Torus, lags: Tensor, wide: bool) -> Tensor:
         ctx.torus = torus
-        v = _operator("inverse_root")(lags, torus.taps, list(torus.size), torus.eps, wide)
+        v = _operator("inverse_root", lags)(lags, torus.taps, list(torus.size), torus.eps, wide)
         ctx.save_for_backward(lags)
         return v  # type: ignore[no-any-return]
 
@@ -202,13 +205,13 @@ def inverse_root_gradient(torus: Torus, lags: Tensor, dv: Tensor) -> Tensor:
 
 def inverse_root(torus: Torus, lags: Tensor, dtype: torch.dtype) -> Tensor:
     """V = S^(-1/2): (Cout, rows, cols/2 + 1), float32 or float64, from lags."""
-    if not _runs_native(lags):
+    if _kernels(lags) is None:
         return eager_inverse_root(torus, lags, dtype)
     wide = dtype == torch.float64
     lags = lags.contiguous()
     if torch.is_grad_enabled() and lags.requires_grad:
         return _InverseRoot.apply(torus, lags, wide)  # type: ignore[no-any-return,no-untyped-call]
-    return _operator("inverse_root")(  # type: ignore[no-any-return]
+    return _operator("inverse_root", lags)(  # type: ignore[no-any-return]
         lags, torus.taps, list(torus.size), torus.eps, wide
     )
 
@@ -221,7 +224,7 @@ class _Precondition(torch.autograd.Function):
     def forward(ctx: Any, torus: Torus, x: Tensor, lags: Tensor, source: Part, target: Part) -> Tensor:
         ctx.torus, ctx.source, ctx.target = torus, source, target
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, lags)
-        return _native_precondition(torus, x, lags, source, target)
+        return _run_precondition(torus, x, lags, source, target)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
@@ -247,31 +250,34 @@ def precondition_lags_gradient(torus: Torus, x: Tensor, dy: Tensor, lags: Tensor
     return inverse_root_gradient(torus, lags, dv)
 
 
-def _native_precondition(torus: Torus, x: Tensor, lags: Tensor, source: Part, target: Part) -> Tensor:
+def _run_precondition(torus: Torus, x: Tensor, lags: Tensor, source: Part, target: Part) -> Tensor:
     if _takes_maps(torus, x):
         (a, b), (p, q) = source, target
         points = [a.first, a.step, b.first, b.step], [p.first, p.step, p.count, q.first, q.step, q.count]
-        return _operator("precondition")(  # type: ignore[no-any-return]
+        return _operator("precondition", x)(  # type: ignore[no-any-return]
             x, lags, torus.taps, list(torus.size), *points, torus.eps
         )
     return fft_precondition(torus, x, lags, source, target)
 
 
 def _takes_maps(torus: Torus, x: Tensor) -> bool:
+    if select(x).name != "native":
+        return False
     if x.is_cuda:
         return _CUFFT_WHY_NOT is None
     return max(torus.size) <= _MOST_POINTS_CPU
 
 
 def fft_precondition(torus: Torus, x: Tensor, lags: Tensor, source: Part, target: Part) -> Tensor:
-    """Through torch.fft, with the compiled product by V in between. A stride that divides the torus folds the spectrum,
-    so that the inverse transform is shorter by it."""
+    """Through torch.fft, with the product by V in between. Native kernels fold the spectrum by a stride that divides
+    the torus, so that the inverse transform is shorter by it."""
     rows, cols = target
-    down = rows.step if torus.size[0] % rows.step == 0 else 1
-    right = cols.step if torus.size[1] % cols.step == 0 else 1
+    folds = select(x).name == "native"
+    down = rows.step if folds and torus.size[0] % rows.step == 0 else 1
+    right = cols.step if folds and torus.size[1] % cols.step == 0 else 1
     fold = [rows.first if down > 1 else 0, down, cols.first if right > 1 else 0, right]
     spectrum = torch.view_as_real(torch.fft.rfft2(_embed(torus, x, source))).contiguous()
-    folded = _operator("spectral_multiply")(spectrum, lags, torus.taps, list(torus.size), fold, torus.eps)
+    folded = _operator("spectral_multiply", x)(spectrum, lags, torus.taps, list(torus.size), fold, torus.eps)
     size = torus.size[0] // down, torus.size[1] // right
     y: Tensor = torch.fft.irfft2(torch.view_as_complex(folded), s=size)
     row = slice(0, rows.count) if down > 1 else rows.slice()
@@ -281,39 +287,49 @@ def fft_precondition(torus: Torus, x: Tensor, lags: Tensor, source: Part, target
 
 def precondition(torus: Torus, x: Tensor, lags: Tensor, source: Part, target: Part) -> Tensor:
     """The points `target` of V applied to what x (N, Cout, ...; float32 or float64) holds at the points `source`."""
-    if not _runs_native(x):
+    if _kernels(x) is None:
         return eager_precondition(torus, x, lags, source, target)
     if torch.is_grad_enabled() and (x.requires_grad or lags.requires_grad):
         return _Precondition.apply(torus, x, lags, source, target)  # type: ignore[no-any-return,no-untyped-call]
-    return _native_precondition(torus, x, lags, source, target)
+    return _run_precondition(torus, x, lags, source, target)
 
 
 # ---- the operators
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    return getattr(torch.ops.normkern, name).default  # type: ignore[no-any-return]
+_OPERATORS = {"native": torch.ops.normkern, "triton": torch.ops.normkern_triton}
 
 
-def _register_fakes() -> None:
-    register: Callable[[str], Callable[[Callable[..., object]], object]] = torch.library.register_fake
+def _operator(name: str, x: Tensor) -> Callable[..., Any]:
+    """Of the backend that runs x: both have the same arguments."""
+    return getattr(_OPERATORS[select(x).name], name).default  # type: ignore[no-any-return]
 
-    @register("normkern::lags")
+
+def _register_fakes(library: str) -> None:
+    fake: Callable[[str], Callable[[Callable[..., object]], object]] = torch.library.register_fake
+
+    def register(name: str) -> Callable[[Callable[..., object]], object]:
+        return fake(f"{library}::{name}")
+
+    @register("lags")
     def lags(weight: Tensor) -> Tensor:
         return weight.new_empty((weight.shape[0], lag_count(weight.shape[2:])), dtype=torch.float64)
 
-    @register("normkern::inverse_root")
+    @register("inverse_root")
     def inverse_root(lags: Tensor, taps: list[int], torus: list[int], eps: float, wide: bool) -> Tensor:
         dtype = torch.float64 if wide else torch.float32
         return lags.new_empty((lags.shape[0], torus[0], torus[1] // 2 + 1), dtype=dtype)
 
-    @register("normkern::spectral_multiply")
+    @register("spectral_multiply")
     def spectral_multiply(
         x: Tensor, lags: Tensor, taps: list[int], torus: list[int], fold: list[int], eps: float
     ) -> Tensor:
         return x.new_empty((x.shape[0], x.shape[1], torus[0] // fold[1], torus[1] // fold[3] // 2 + 1, 2))
 
-    @register("normkern::precondition")
+    if library != "normkern":  # the others take no maps
+        return
+
+    @register("precondition")
     def precondition(
         x: Tensor,
         lags: Tensor,
@@ -340,6 +356,7 @@ def _cufft_why_not() -> str | None:
 
 
 if hasattr(torch.ops.normkern, "lags"):
-    _register_fakes()
+    _register_fakes("normkern")
+_register_fakes("normkern_triton")
 # Asked once, at import: torch.compile takes it for a constant.
 _CUFFT_WHY_NOT = _cufft_why_not()

@@ -54,6 +54,10 @@ def test_resources(arch: int, tmp_path: Path) -> None:
             assert numbers["wide_stores"] >= 1, f"{name}: no 16-byte stores"
 
 
+def test_spectra_compile(tmp_path: Path) -> None:
+    assert run(tmp_path, "--spectra", "80", "90", "100").strip() == "[6, 6, 6]"
+
+
 @pytest.mark.slow
 def test_every_variant_compiles(tmp_path: Path) -> None:
     """Dtypes, activations, residuals, given moments and 64-bit offsets: the interpreter takes more than a compiler."""

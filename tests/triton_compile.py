@@ -1,8 +1,8 @@
 # Compiles the kernels of the Triton backend ahead of time, for named GPUs and without one, exactly as a call would
 # launch them: the launches of a call are recorded and each kernel is compiled with the arguments it got. Prints a row
 # per kernel as CSV: registers, spills, shared memory, 16-byte accesses.
-#   python tests/triton_compile.py [--few | --variants] [80] [90] [100]
-# --variants compiles what the shapes do not reach, and prints how many kernels that were.
+#   python tests/triton_compile.py [--few | --variants | --spectra] [80] [90] [100]
+# --variants compiles what the shapes do not reach, and --spectra ConvNorm's kernels; both print how many that were.
 # A process of its own, since TRITON_INTERPRET must be off when Triton is imported.
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from normkern import problem
 from normkern.backends import triton as backend
-from normkern.backends import triton_kernels
+from normkern.backends import triton_kernels, triton_spectral_kernels, triton_spectrum
 from normkern.backends.triton_plan import Chip
 from normkern.problem import Act, Moments, Problem
 
@@ -277,12 +277,13 @@ def compile_key(launch: Launch) -> Any:
     return str(sorted(types.items())), str(sorted(constants.items())), str(attributes), arguments.get("num_warps")
 
 
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def variants() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every dtype, activation and kind of moments at least once, with and without residual and parameters, fused and
     split, with offsets of 64 bits: what the interpreter runs must be what the compiler takes."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
     kinds = (
         (torch.float32, "gelu", torch.float64, True),
@@ -353,6 +354,31 @@ def compile_variants(arch: int) -> int:
     return len(known)
 
 
+def compile_spectra(arch: int) -> int:
+    """Compiles ConvNorm's kernels for either dtype, with and without maps; returns how many there are."""
+    count = 0
+    for dtype in (torch.float32, torch.float64):
+        weight, lags = meta(4, 5, 3, 3, dtype=dtype), meta(4, 13, dtype=torch.float64)
+        spectra, v = meta(2, 4, 8, 5, 2, dtype=dtype), meta(4, 8, 5, dtype=dtype)
+        waves = meta(32, dtype=torch.float64)
+        sizes = {"batch": 2, "channels": 4, "rows": 8, "cols": 8, "kh": 3, "kw": 3, "down": 1, "right": 1}
+        common = {"lags": lags, "waves": waves, **sizes, "EPS": 1e-6, "F": triton_spectrum.FREQUENCIES}
+        launches: list[tuple[Any, dict[str, Any]]] = [
+            (
+                triton_spectral_kernels.sum_lags,
+                {"weight": weight, "lags": lags, "depth": 5, "rows": 3, "cols": 3, "J": 8},
+            ),
+            (triton_spectral_kernels.multiply, {"x": spectra, "y": spectra, **common}),
+            (triton_spectral_kernels.multiply, {"x": None, "y": v, **common}),
+        ]
+        for kernel, arguments in launches:
+            types, constants, attributes = signature(kernel, arguments, True)
+            source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+            triton.compile(source, target=GPUTarget("cuda", arch, 32), options={})
+            count += 1
+    return count
+
+
 def write(rows: Iterator[Row], file: Any) -> None:
     names = [f.name for f in fields(Row)]
     writer = csv.writer(file, lineterminator="\n")
@@ -366,5 +392,7 @@ if __name__ == "__main__":
     archs = [int(a) for a in sys.argv[1:] if a.isdigit()] or list(CHIPS)
     if "--variants" in sys.argv:
         print([compile_variants(arch) for arch in archs])
+    elif "--spectra" in sys.argv:
+        print([compile_spectra(arch) for arch in archs])
     else:
         write(rows_of(FEW if "--few" in sys.argv else SHAPES, archs), sys.stdout)
