@@ -1,4 +1,17 @@
-# The one long table of results: a row for every (case, provider, mode). bench/results/README.md explains the columns.
+"""sheet.py: the one long table of results, a row for every (layer, provider, mode). The columns, units in brackets:
+
+kernel_name, kernel_provider   the norm; who computed it
+kernel_operation_mode          forward (with what training saves), backward (alone) or step (both)
+metric                         speed_ms, gb_per_second, overhead_us, relative_error_*, ulp_error, ...
+x_name, x_value                what is varied: a shape, megabytes, mean/std
+y_20, y_50, y_80               quantiles of the metric over the rounds, in which the rivals take turns
+bytes                          the least that must move: 2 tensors forward (x, y), 3 backward (x, dy, dx)
+floor_us                       the time [us] of these bytes at the rate of the copy measured in the same rounds
+fraction_of_copy               floor_us over the median time: 1 is as fast as a copy
+ratio_to_torch                 torch's median over this one: above 1 is faster than torch
+dtype, layout, device, torch, normkern, date, provider_version   under what
+"""
+
 from __future__ import annotations
 
 import csv
@@ -38,6 +51,10 @@ class Row:
     torch: str = torch.__version__
     normkern: str = normkern.__version__
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+    provider_version: str = ""
+
+
+COLUMNS = tuple(column.name for column in fields(Row))
 
 
 def text(value: object) -> object:
@@ -45,7 +62,8 @@ def text(value: object) -> object:
 
 
 class Sheet:
-    """Rows as they come, each on disk at once: a run that is cut short keeps what it has measured."""
+    """Rows as they come, each on disk at once: a run that is cut short keeps what it has measured. Without a path they
+    are kept in memory alone."""
 
     def __init__(self, path: Path | None) -> None:
         self.rows: list[Row] = []
@@ -53,7 +71,7 @@ class Sheet:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow([column.name for column in fields(Row)])
+                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
