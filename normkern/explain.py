@@ -240,7 +240,7 @@ def _planned(name: str, problem: Problem, x: Tensor, chip: Chip, affine_grads: b
 
 
 def explain(op: str, input: Tensor, *args: Any, gpu: str | Chip | None = None, **kwargs: Any) -> Explanation:
-    """What normkern.<op>(input, *args, **kwargs) would do; print it.
+    """What `normkern.<op>(input, ...)` with the same arguments would do; print it.
 
     `gpu` names the chip to plan for: "H200", "H100", "A100", "L4", "B200". The default is the GPU that
     holds input, or an H200.

@@ -44,16 +44,8 @@ def read(files: Iterable[Path]) -> list[RowOf]:
             for row in reader:
                 # The value of an overhead is a measurement; everywhere else x says what is varied.
                 at = "" if row["metric"] == "overhead_us" else row["x_value"]
-                names = (
-                    "kernel_name",
-                    "kernel_provider",
-                    "kernel_operation_mode",
-                    "metric",
-                    "dtype",
-                    "layout",
-                    "device",
-                )
-                found[(*(row[name] for name in names), at)] = row
+                key = (*(row[name] for name in MEANING), at)
+                found[key] = row
     return list(found.values())
 
 

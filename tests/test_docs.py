@@ -1,0 +1,41 @@
+# The documentation's examples run, and so does the README's.
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if ">>>" in page.read_text(encoding="utf-8")]
+LAYERS = sorted((ROOT / "docs" / "layers").glob("*.md"))
+
+in_sources = pytest.mark.skipif(not PAGES, reason="not in a source tree")
+
+
+@in_sources
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples(page: Path) -> None:
+    found = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+@in_sources
+@pytest.mark.parametrize("page", [p for p in LAYERS if p.stem not in ("index", "support")], ids=lambda page: page.stem)
+def test_pages_of_layers_are_whole(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "$$" in text
+    for part in ("## Dtypes, layouts, memory", "## Numerics", "## Example", "## Reference"):
+        assert part in text or (page.stem == "instance_norm" and part == "## Numerics")
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="not in a source tree")
+def test_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(import torch\n.*?)```", text, re.DOTALL)
+    assert example is not None
+    exec(compile(example[1], "README.md", "exec"), {})
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / target).exists(), f"README.md links to {target}"
