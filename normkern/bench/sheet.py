@@ -1,15 +1,5 @@
-"""sheet.py: the one long table of results, a row for every (layer, provider, mode). The columns, units in brackets:
-
-kernel_name, kernel_provider   the norm; who computed it
-kernel_operation_mode          forward (with what training saves), backward (alone) or step (both)
-metric                         speed_ms, gb_per_second, overhead_us, relative_error_*, ulp_error, ...
-x_name, x_value                what is varied: a shape, megabytes, mean/std
-y_20, y_50, y_80               quantiles of the metric over the rounds, in which the rivals take turns
-bytes                          the least that must move: 2 tensors forward (x, y), 3 backward (x, dy, dx)
-floor_us                       the time [us] of these bytes at the rate of the copy measured in the same rounds
-fraction_of_copy               floor_us over the median time: 1 is as fast as a copy
-ratio_to_torch                 torch's median over this one: above 1 is faster than torch
-dtype, layout, device, torch, normkern, date, provider_version   under what
+"""sheet.py: the one long table of results, a row for every (layer, provider, mode). bench/results/README.md in the
+repository and the documentation explain the columns.
 """
 
 from __future__ import annotations
