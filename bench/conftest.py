@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 
 from cases import SHAPES  # noqa: E402
 
-from normkern.bench.layers import LAYOUTS, OPS, Layer, fused, grid, real  # noqa: E402
+from normkern.bench.layers import LAYOUTS, OPS, Layer, everything, fused, real  # noqa: E402
 from normkern.bench.race import keep_memory  # noqa: E402
 from normkern.bench.sheet import Sheet  # noqa: E402
 
@@ -64,7 +64,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         in_groups = option("--grid") or option("--fused")
         dtypes = tuple((option("--dtypes") or ("float32,bfloat16" if on_gpu or in_groups else "float32")).split(","))
         if in_groups:
-            found = [*(grid(dtypes) if option("--grid") else ()), *(fused(dtypes) if option("--fused") else ())]
+            found = [*(everything(dtypes) if option("--grid") else ()), *(fused(dtypes) if option("--fused") else ())]
         else:
             found = [*real(option("--quick"), on_gpu, dtypes), *(table(dtypes) if option("--table") else ())]
         metafunc.parametrize("mode", ["forward", "step" if in_groups else "backward"])

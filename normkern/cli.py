@@ -172,7 +172,7 @@ def run_bench(
         str | None, typer.Option(help="rivals beside torch: names with commas, all, none; list shows them")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="seven layers, shorter rounds: about a minute")] = False,
-    grid: Annotated[bool, typer.Option("--grid", help="every norm, small and large, instead of real layers")] = False,
+    sizes: Annotated[bool, typer.Option("--grid", help="every norm, small and large, instead of real layers")] = False,
     fused: Annotated[
         bool, typer.Option("--fused", help="with residual and activation, instead of real layers")
     ] = False,
@@ -184,8 +184,8 @@ def run_bench(
     out: Annotated[Path | None, typer.Option(help="write the rows to this CSV file, as they come")] = None,
 ) -> None:
     """Time real layers against rivals and against a plain copy, in turn; see the table grow, keep the CSV."""
+    from normkern.bench.layers import everything
     from normkern.bench.layers import fused as fused_layers
-    from normkern.bench.layers import grid as grid_layers
     from normkern.bench.layers import real as real_layers
     from normkern.bench.peers import DEFAULT, PEERS
     from normkern.bench.show import Contest, list_peers, run
@@ -209,8 +209,8 @@ def run_bench(
     if threads is not None:
         torch.set_num_threads(threads)
     dtypes = tuple(one.value for one in dtype or [DType.float32])
-    found = [*(grid_layers(dtypes) if grid else ()), *(fused_layers(dtypes) if fused else ())]
-    if not (grid or fused):
+    found = [*(everything(dtypes) if sizes else ()), *(fused_layers(dtypes) if fused else ())]
+    if not (sizes or fused):
         found = list(real_layers(quick, where.type == "cuda", dtypes))
     layers = [layer for _, layer in found if not op or layer.op in op]
     if not layers:

@@ -183,7 +183,7 @@ FUSED = (
 )
 
 
-def grid(dtypes: tuple[str, ...]) -> Iterator[tuple[str, Layer]]:
+def everything(dtypes: tuple[str, ...]) -> Iterator[tuple[str, Layer]]:
     for dtype in dtypes:
         for size, shapes in IMAGES.items():
             images = [Layer("batch_norm", shapes["batch_norm"], training=training) for training in (True, False)]

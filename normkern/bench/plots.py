@@ -72,13 +72,13 @@ def figure(width: float, height: float, title: str) -> Figure:
 
 def roofline(rows: Sequence[RowOf], title: str) -> Figure:
     """Rate of memory against bytes moved, one panel for each mode and dtype; the line is the copy."""
-    panels = [(mode, dtype) for dtype in _values(rows, "dtype") for mode in _values(rows, "kernel_operation_mode")]
+    kinds = [(mode, dtype) for dtype in _values(rows, "dtype") for mode in _values(rows, "kernel_operation_mode")]
     norms = list(dict.fromkeys(_base(row) for row in rows if row["kernel_provider"] != "copy"))
-    columns = min(2, len(panels))
-    lines = math.ceil(len(panels) / columns)
+    columns = min(2, len(kinds))
+    lines = math.ceil(len(kinds) / columns)
     made = figure(5.2 * columns, 3.6 * lines + 0.5, title)
-    grid = made.subplots(lines, columns, squeeze=False, sharey=True)
-    for (mode, dtype), axes in zip(panels, grid.flat, strict=False):
+    panels = made.subplots(lines, columns, squeeze=False, sharey=True)
+    for (mode, dtype), axes in zip(kinds, panels.flat, strict=False):
         here = [row for row in rows if (row["kernel_operation_mode"], row["dtype"]) == (mode, dtype)]
         copies: dict[float, list[float]] = {}
         for row in here:
@@ -93,9 +93,9 @@ def roofline(rows: Sequence[RowOf], title: str) -> Figure:
         axes.plot([at for at, _ in line], [rate for _, rate in line], color=COLORS["copy"], linewidth=1.5, zorder=1)
         axes.set(xscale="log", yscale="log", title=f"{mode}, {dtype}", xlabel="bytes that must move [MB]")
         axes.grid(alpha=0.3)
-    for axes in grid[:, 0]:
+    for axes in panels[:, 0]:
         axes.set_ylabel("rate [GB/s]")
-    for axes in list(grid.flat)[len(panels) :]:
+    for axes in list(panels.flat)[len(kinds) :]:
         axes.set_visible(False)
     providers = [name for name in _values(rows, "kernel_provider") if name != "copy"]
     handles = [Line2D([], [], marker="o", linestyle="", color=_color(name), label=name) for name in providers]
@@ -119,9 +119,9 @@ def speedup(rows: Sequence[RowOf], title: str) -> Figure:
     }
     ratios = [float(row["ratio_to_torch"]) for row in rows if row["kernel_provider"] in providers]
     made = figure(4.2 + 2.8 * len(modes), 1.4 + len(layers) * max(0.21, 0.12 * len(providers)), title)
-    grid = made.subplots(1, len(modes), squeeze=False, sharey=True)[0]
+    panels = made.subplots(1, len(modes), squeeze=False, sharey=True)[0]
     thick = 0.8 / len(providers)
-    for mode, axes in zip(modes, grid, strict=True):
+    for mode, axes in zip(modes, panels, strict=True):
         for number, provider in enumerate(providers):
             for at, layer in enumerate(layers):
                 row = found.get((mode, provider, *layer))
@@ -137,8 +137,8 @@ def speedup(rows: Sequence[RowOf], title: str) -> Figure:
                     axes.text(ratio * gap, at, f"{ratio:.2f}", va="center", ha=side, fontsize=6)
         axes.set(title=mode, xlabel="times torch's speed")
         _ratio_axis(axes, min(ratios), max(ratios) * 1.25)
-    grid[0].set_yticks(range(len(layers)), [f"{name} {size} {layout}" for name, size, layout in layers], fontsize=7)
-    grid[0].set_ylim(len(layers) - 0.4, -0.6)
+    panels[0].set_yticks(range(len(layers)), [f"{name} {size} {layout}" for name, size, layout in layers], fontsize=7)
+    panels[0].set_ylim(len(layers) - 0.4, -0.6)
     handles = [Line2D([], [], color=_color(name), linewidth=5, label=name) for name in providers]
     handles.append(Line2D([], [], color=COLORS["torch"], linewidth=1, label="torch"))
     made.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
@@ -216,15 +216,15 @@ def offsets(rows: Sequence[RowOf], title: str) -> Figure:
 
 def ulp_histograms(rows: Sequence[RowOf], title: str) -> Figure:
     """float32: how many elements are how many ulps off, a panel for each norm and layout."""
-    panels = list(dict.fromkeys((row["kernel_name"], row["layout"]) for row in rows))
+    kinds = list(dict.fromkeys((row["kernel_name"], row["layout"]) for row in rows))
     edges = [row["x_value"].split()[2] for row in rows if row["x_value"].startswith("at most")]
     edges = sorted(dict.fromkeys(edges), key=float)
     bins = [f"≤ {edges[0]}", *(f"{low}–{high}" for low, high in pairwise(edges)), f"> {edges[-1]}"]
-    columns = min(4, len(panels))
-    lines = math.ceil(len(panels) / columns)
+    columns = min(4, len(kinds))
+    lines = math.ceil(len(kinds) / columns)
     made = figure(3 * columns, 2.7 * lines + 0.6, title)
-    grid = made.subplots(lines, columns, squeeze=False, sharey=True, sharex=True)
-    for (norm, layout), axes in zip(panels, grid.flat, strict=False):
+    panels = made.subplots(lines, columns, squeeze=False, sharey=True, sharex=True)
+    for (norm, layout), axes in zip(kinds, panels.flat, strict=False):
         here = [row for row in rows if (row["kernel_name"], row["layout"]) == (norm, layout)]
         providers = _values(here, "kernel_provider")
         for number, provider in enumerate(providers):
@@ -238,13 +238,13 @@ def ulp_histograms(rows: Sequence[RowOf], title: str) -> Figure:
         axes.title.set_fontsize(9)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    for axes in grid[:, 0]:
+    for axes in panels[:, 0]:
         axes.set_ylabel("share of the elements", fontsize=8)
-    for axes in grid[-1, :]:
+    for axes in panels[-1, :]:
         axes.set_xlabel("error [ulp of the largest term]", fontsize=8)
-    for axes in list(grid.flat)[len(panels) :]:
+    for axes in list(panels.flat)[len(kinds) :]:
         axes.set_visible(False)
-    grid[0, 0].legend(fontsize=8)
+    panels[0, 0].legend(fontsize=8)
     return made
 
 
@@ -252,8 +252,8 @@ def misrounded(rows: Sequence[RowOf], title: str) -> Figure:
     """float16 and bfloat16: the share of elements that are not the correctly rounded result."""
     dtypes = _values(rows, "dtype")
     made = figure(4.6 * len(dtypes) + 0.4, 3.6, title)
-    grid = made.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
-    for dtype, axes in zip(dtypes, grid, strict=True):
+    panels = made.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
+    for dtype, axes in zip(dtypes, panels, strict=True):
         here = [row for row in rows if row["dtype"] == dtype]
         names = list(dict.fromkeys((row["kernel_name"], row["layout"]) for row in here))
         providers = _values(here, "kernel_provider")
@@ -268,8 +268,8 @@ def misrounded(rows: Sequence[RowOf], title: str) -> Figure:
         axes.set(title=dtype, yscale="log")
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    grid[0].set_ylabel("share of elements that are\nnot correctly rounded", fontsize=8)
-    grid[0].legend(fontsize=8)
+    panels[0].set_ylabel("share of elements that are\nnot correctly rounded", fontsize=8)
+    panels[0].legend(fontsize=8)
     return made
 
 
@@ -280,8 +280,8 @@ def overhead(rows: Sequence[RowOf], title: str) -> Figure:
     """Microseconds of a call on 1 KB, torch's and normkern's."""
     modes = _values(rows, "kernel_operation_mode")
     made = figure(5.2 * len(modes), 4.2, title)
-    grid = made.subplots(1, len(modes), squeeze=False, sharey=True)[0]
-    for mode, axes in zip(modes, grid, strict=True):
+    panels = made.subplots(1, len(modes), squeeze=False, sharey=True)[0]
+    for mode, axes in zip(modes, panels, strict=True):
         here = [row for row in rows if row["kernel_operation_mode"] == mode]
         names, providers = _values(here, "kernel_name"), _values(here, "kernel_provider")
         for number, provider in enumerate(providers):
@@ -292,23 +292,23 @@ def overhead(rows: Sequence[RowOf], title: str) -> Figure:
         axes.set(title=mode, xlabel="CPU time of a call on 1 KB, least of all rounds [µs]")
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
-    grid[0].invert_yaxis()
-    grid[0].legend(fontsize=8)
+    panels[0].invert_yaxis()
+    panels[0].legend(fontsize=8)
     return made
 
 
 def conv_norm(rows: Sequence[RowOf], title: str) -> Figure:
     """ConvNorm's spectrum against an FFT of every padded kernel (time, memory), and the layer against torch's."""
     ours = [row for row in rows if row["kernel_provider"] == "normkern"]
-    panels = (
+    kinds = (
         ("spectrum", "cpu_ms", "spectrum: time\ntimes faster than FFTs"),
         ("spectrum", "peak_bytes", "spectrum: memory\ntimes less than FFTs"),
         ("conv_norm layer", "cpu_ms", "layer, forward + backward\ntimes Conv2d + BatchNorm2d's speed"),
     )
     layers = _values(ours, "x_value")
     made = figure(11, 1.3 + 0.24 * len(layers), title)
-    grid = made.subplots(1, len(panels), sharey=True)
-    for (name, metric, label), axes in zip(panels, grid, strict=True):
+    panels = made.subplots(1, len(kinds), sharey=True)
+    for (name, metric, label), axes in zip(kinds, panels, strict=True):
         own = [row for row in ours if (row["kernel_name"], row["metric"]) == (name, metric)]
         of = {row["x_value"]: float(row["ratio_to_torch"]) for row in own}
         for at, layer in enumerate(layers):
@@ -318,8 +318,8 @@ def conv_norm(rows: Sequence[RowOf], title: str) -> Figure:
             _ratio_axis(axes, min(of.values()), max(of.values()))
         axes.set_title(label, fontsize=9)
         axes.tick_params(axis="x", labelsize=7)
-    grid[0].set_yticks(range(len(layers)), layers, fontsize=7)
-    grid[0].invert_yaxis()
+    panels[0].set_yticks(range(len(layers)), layers, fontsize=7)
+    panels[0].invert_yaxis()
     return made
 
 

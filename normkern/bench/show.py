@@ -33,14 +33,22 @@ class Contest:
     device: torch.device
 
 
+COLUMNS = ("norm", "shape", "layout", "dtype", "mode")
+
+
 def _table(title: str, lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for number, column in enumerate(("norm", "shape", "layout", "dtype", "mode")):
-        table.add_column(column, no_wrap=number != 1)
-    for column in ("normkern\nms", "spread", "fraction\nof a copy", "times as fast as\nits rivals"):
-        table.add_column(column, justify="right")
+    """Columns that say the same in every line are named in the title instead."""
+    same = [len({line[number] for line in lines}) == 1 and len(lines) > 1 for number in range(len(COLUMNS))]
+    words = [lines[0][number] for number, one in enumerate(same) if one]
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+    table.title = ", ".join([title, *words])
+    for column, one in zip(COLUMNS, same, strict=True):
+        if not one:
+            table.add_column(column, no_wrap=True)
+    for column in ("ms", "20–80 %", "of a copy", "times as fast as"):
+        table.add_column(column, justify="right", no_wrap=column != "of a copy")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(cell for number, cell in enumerate(line) if number >= len(COLUMNS) or not same[number]))
     return table
 
 
@@ -54,7 +62,7 @@ def _line(layer: Layer, rows: Sequence[Row]) -> list[str]:
             ratio = row.y_50 / ours.y_50
             style = "green" if ratio >= 1.05 else "red" if ratio < 0.95 else "default"
             ratios.append(f"{name} [{style}]{ratio:.2f}[/]")
-    spread = f"{ours.y_20:.3g} – {ours.y_80:.3g}"
+    spread = f"{ours.y_20:.3g}–{ours.y_80:.3g}"
     cells = [layer.name, layer.size, layer.layout, layer.dtype, ours.kernel_operation_mode]
     return [*cells, f"{ours.y_50:.3g}", spread, f"{float(ours.fraction_of_copy):.2f}", "\n".join(ratios)]
 
