@@ -39,3 +39,15 @@ def test_readme() -> None:
     exec(compile(example[1], "README.md", "exec"), {})
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (ROOT / target).exists(), f"README.md links to {target}"
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="not in a source tree")
+def test_readme_shows_the_numbers_of_the_results() -> None:
+    pytest.importorskip("matplotlib")
+    from normkern.bench.report import read, summary
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = [line for line in text.splitlines() if re.match(r"\| (\w+_norm[\w+]*, \w+|all) \| \d+ \|", line)]
+    lines = summary(read([ROOT / "bench" / "results" / "cpu" / "grid_2_threads.csv"]))
+    # Where it differs: python bench/summary.py bench/results/cpu/grid_2_threads.csv, into the README.
+    assert shown == [f"| {' | '.join(line)} |" for line in lines]
