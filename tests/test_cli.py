@@ -1,6 +1,7 @@
 # `python -m normkern`: what each command says and writes, and the benchmarks and pictures behind `bench` and `report`.
 from __future__ import annotations
 
+import base64
 import csv
 import re
 import subprocess
@@ -25,7 +26,7 @@ from normkern.bench import layers, peers, plots, report
 from normkern.bench.layers import FUSED, LAYOUTS, OPS, Layer, tensors
 from normkern.bench.race import Race, bytes_moved
 from normkern.bench.sheet import COLUMNS, Row, Sheet
-from normkern.cli import app, parse_shape
+from normkern.cli import Layout, app, laid_out, parse_shape
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "cpu"
@@ -123,9 +124,16 @@ def test_without_a_gpu() -> None:
     assert "cuDNN needs a GPU" in said(run("bench", "--peers", "list"))
 
 
-def test_shapes() -> None:
+def test_shapes_and_layouts() -> None:
     assert parse_shape("2x3x4") == (2, 3, 4)
     assert parse_shape("2,3") == (2, 3)
+    strides = {layout: laid_out((2, 3, 4, 5), layout, torch.float16, CPU).stride() for layout in Layout}
+    assert strides[Layout.contiguous] == (60, 20, 5, 1)
+    assert strides[Layout.channels_last] == (60, 1, 15, 3)
+    assert strides[Layout.transposed] == (60, 20, 1, 4)
+    for layout in Layout:  # what is benchmarked has the strides that are explained
+        layer = Layer("group_norm", (2, 3, 4, 5), groups=3, layout=layout.value)
+        assert tensors(layer, CPU).x.stride() == strides[layout]
 
 
 def test_bench_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +309,8 @@ def test_report_draws_the_committed_results(tmp_path: Path) -> None:
     kinds = {path.name.partition("_cpu")[0] for path in pictures}
     assert kinds == {"overview.png", "roofline", "speedup", "offset", "ulp", "rounding", "overhead", "conv_norm"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == len(pictures)
+    inside = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert sorted(map(base64.b64decode, inside)) == sorted(path.read_bytes() for path in pictures)
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # it needs nothing beside it
     for picture in report.pictures(report.read(files)):
         assert picture.figure.get_suptitle()
