@@ -25,6 +25,7 @@ COLORS = {
     "liger": "tab:purple",
     "quack": "tab:brown",
     "apex": "tab:pink",
+    "timm": "tab:orange",
 }
 MARKERS = "osD^vP*X"
 LINES = {"contiguous": "-", "channels_last": "--"}

@@ -103,6 +103,12 @@ def pictures(rows: Sequence[RowOf]) -> Iterator[Picture]:
     for device, of in _by((row for row in rows if row["metric"] == "overhead_us"), "device").items():
         caption = "What a call costs where there is nothing to compute."
         yield Picture(f"overhead_{_slug(device)}", caption, plots.overhead(of, f"Cost of a call, {_where(of)}"))
+    timed = [row for row in rows if row["metric"] == "cpu_ms" and row["kernel_operation_mode"]]
+    for device, of in _by(timed, "device").items():
+        for dtype, rows_of in _by(of, "dtype").items():
+            caption = f"CPU time of the formula in torch's operators over each rival's, {dtype}, a training step."
+            made = plots.speedup(rows_of, f"CPU time against torch's operators, {dtype}, {_where(rows_of)}")
+            yield Picture(f"family_{_slug(device, dtype)}", caption, made)
     convolved = [row for row in rows if row["kernel_name"] in ("spectrum", "conv_norm layer")]
     for device, of in _by(convolved, "device").items():
         caption = "ConvNorm: its spectrum against an FFT of every padded kernel, its layer against torch's pair."
