@@ -13,7 +13,7 @@ release = version = normkern.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["layers/support.md"]  # included by the pages of the layers
+exclude_patterns = ["layers/support.md", "layers/evolved_support.md"]  # included by the pages of the layers
 default_role = "code"  # `x` in a docstring
 html_theme = "furo"
 html_title = "normkern"

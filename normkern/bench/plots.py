@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import median
@@ -64,7 +65,7 @@ def _ratio_axis(axes: Axes, least: float, most: float) -> None:
 
 def figure(width: float, height: float, title: str) -> Figure:
     made = Figure(figsize=(width, height), layout="constrained")
-    made.suptitle(title, fontsize=11)
+    made.suptitle("\n".join(textwrap.wrap(title, int(11 * width))), fontsize=11)  # 11 characters to an inch
     return made
 
 
