@@ -1,6 +1,6 @@
 """normkern: normalization for PyTorch, with one read of the data and no error that grows with the mean."""
 
-from normkern import nn
+from normkern import nn, optim
 from normkern.backends import use_backend
 from normkern.conv_norm import conv_norm, preconditioner
 from normkern.explain import explain
@@ -14,6 +14,7 @@ from normkern.functional import (
     moments,
     rms_norm,
 )
+from normkern.nn.affine import norm_parameters, register_norm
 from normkern.nn.conv import convert_conv_norm
 from normkern.nn.convert import convert, register_converter, revert
 from normkern.running import frozen_running_stats
@@ -34,8 +35,11 @@ __all__ = [
     "layer_norm",
     "moments",
     "nn",
+    "norm_parameters",
+    "optim",
     "preconditioner",
     "register_converter",
+    "register_norm",
     "revert",
     "rms_norm",
     "use_backend",
