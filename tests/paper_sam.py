@@ -1,5 +1,5 @@
-# Sharpness-aware minimization as the paper's formulas and released code have it, tensor by tensor and with whole copies:
-# Mueller et al. 2023, section 2, SAM.T, ASAM (element, layer) and Fisher, for p = 2 and p = infinity.
+# Sharpness-aware minimization as the paper's formulas and released code have it, tensor by tensor, with whole copies:
+# Mueller et al. 2023, section 2: SAM, ASAM (element, layer) and Fisher, for p = 2 and p = infinity.
 from __future__ import annotations
 
 from collections.abc import Callable
