@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from normkern.optim import SAM
 
 RADII: dict[str, tuple[float, ...]] = {
-    "SAM-all": (0.05, 0.1, 0.2, 0.5),
-    "SAM-ON": (0.1, 0.5, 1.0, 2.0),
-    "SAM-no-norm": (0.05, 0.1, 0.2, 0.5),
+    "SAM-all": (0.05, 0.1, 0.2),
+    "SAM-ON": (0.2, 0.5, 1.0),
+    "SAM-no-norm": (0.05, 0.1, 0.2),
 }
 PERTURBED: dict[str, Any] = {"SAM-all": "all", "SAM-ON": "norm", "SAM-no-norm": "no_norm"}
 QUICK_RADII = {"SAM-all": (0.1,), "SAM-ON": (1.0,), "SAM-no-norm": (0.1,)}
@@ -131,7 +131,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def sharpness(model: nn.Module, data: Images) -> float:
     """What the loss gains by one step of sign ascent in all parameters, |e_i| = BOX, in eval mode: the mean over 8
-    batches of 128 training images. Logits are centered and divided by their norm, so that scale alone is no sharpness."""
+    batches of 128 training images. Logits are centered and divided by their norm: scale alone is no sharpness."""
     ascent = SAM(
         model, torch.optim.SGD(model.parameters(), lr=0.0), rho=BOX, p="inf", perturb="all", running_stats="update"
     )
@@ -143,7 +143,7 @@ def sharpness(model: nn.Module, data: Images) -> float:
 
     model.eval()
     gains = []
-    for x, y in list(zip(data.x[:1024].split(128), data.y[:1024].split(128), strict=True)):
+    for x, y in zip(data.x[:1024].split(128), data.y[:1024].split(128), strict=True):
         before = loss(x, y)
         ascent.zero_grad()
         before.backward()
@@ -256,7 +256,7 @@ def main(given: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("examples/results"), help="directory of the CSV and the figure"
     )
     parser.add_argument("--seeds", type=int, help="default 5, with --quick 1")
-    parser.add_argument("--epochs", type=int, help="default 10, with --quick 4")
+    parser.add_argument("--epochs", type=int, help="default 6, with --quick 4")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="default 1: the networks are small")
     parser.add_argument("--cifar", type=Path, help="directory with CIFAR-100's train.bin and test.bin")
@@ -265,7 +265,7 @@ def main(given: list[str] | None = None) -> None:
     if arguments.model != "small" and arguments.cifar is None:
         parser.error(f"--model {arguments.model} is for 3 x 32 x 32 images: give --cifar")
     arguments.seeds = arguments.seeds or (1 if arguments.quick else 5)
-    arguments.epochs = arguments.epochs or (4 if arguments.quick else 10)
+    arguments.epochs = arguments.epochs or (4 if arguments.quick else 6)
     torch.set_num_threads(arguments.threads)
     console = Console()
     out = run(arguments, console)

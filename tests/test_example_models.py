@@ -15,10 +15,10 @@ from normkern.optim import SAM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import models  # noqa: E402
+import models
 
-# Name, shape of an image, classes, parameters, of which in norm layers. The papers say 36.5 million (WRN-28-10) and 0.85
-# million (ResNet-56 with 10 classes: 853,018, and 65 for each of 90 more).
+# Name, shape of an image, classes, parameters, of which in norm layers. The papers say 36.5 million (WRN-28-10) and
+# 0.85 million (ResNet-56 with 10 classes: 853,018, and 65 for each of 90 more).
 MODELS = [
     ("wrn_28_10", (3, 32, 32), 100, 36_536_884, 17_952),
     ("resnet56", (3, 32, 32), 100, 858_868, 4_064),
