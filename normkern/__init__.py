@@ -1,6 +1,6 @@
 """normkern: normalization for PyTorch, with one read of the data and no error that grows with the mean."""
 
-from normkern import nn
+from normkern import nn, probes
 from normkern.backends import use_backend
 from normkern.conv_norm import conv_norm, preconditioner
 from normkern.explain import explain
@@ -35,6 +35,7 @@ __all__ = [
     "moments",
     "nn",
     "preconditioner",
+    "probes",
     "register_converter",
     "revert",
     "rms_norm",
