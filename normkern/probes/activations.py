@@ -19,12 +19,30 @@ from normkern.probes.state import Loss, gradient, untouched
 
 Layers = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, nn.Module], bool]
 
-_ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
-    getattr(nn, name)
-    for name in (
-        "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU RReLU ReLU ReLU6 SELU "
-        "SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink Threshold"
-    ).split()
+_ACTIVATIONS = (
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardshrink,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.PReLU,
+    nn.RReLU,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softshrink,
+    nn.Softsign,
+    nn.Tanh,
+    nn.Tanhshrink,
+    nn.Threshold,
 )
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 # Layers that end in an activation of their own.
@@ -153,7 +171,7 @@ class Recorder:
                 def take(dy: Tensor) -> None:
                     call.gradient_norm = torch.linalg.vector_norm(dy.detach(), dtype=torch.float64)
 
-                y.register_hook(take)
+                y.register_hook(take)  # type: ignore[no-untyped-call]
 
         return record
 
@@ -248,7 +266,8 @@ def cosines(y: Tensor) -> Tensor:
     flat = y.flatten(1)
     flat = flat if flat.dtype == torch.float64 else flat.float()
     unit = flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)
-    return unit @ unit.T
+    gram: Tensor = unit @ unit.T
+    return gram
 
 
 def mean_similarity(gram: Tensor) -> float:

@@ -264,4 +264,3 @@ def _layers(model: nn.Module, loss: Loss) -> dict[str, tuple[nn.Module, list[nn.
                 seen.add(p)
                 groups.setdefault(owner, []).append(p)
     return {names[module]: (module, group) for module, group in groups.items() if group}
-

@@ -155,4 +155,3 @@ def _ascend(
                 offset, here, grads = best_offset, best, best_grads
             raised, last_checkpoint, best_then = 0, step, best
     return first, best
-

@@ -60,9 +60,10 @@ def _transfer(
     # What a stride leaves of the outputs at s neighbouring points adds up over the s aliases of a frequency.
     spectrum = spectrum.reshape(shape) / math.sqrt(math.prod(steps))
     frequencies, aliases = [4 + 2 * i for i in range(dims)], [3 + 2 * i for i in range(dims)]
-    return spectrum.permute(*frequencies, 0, 1, 2, *aliases).reshape(
+    matrices: Tensor = spectrum.permute(*frequencies, 0, 1, 2, *aliases).reshape(
         -1, groups, out // groups, depth * math.prod(steps)
     )
+    return matrices
 
 
 def conv_singular_values(
@@ -82,7 +83,8 @@ def conv_singular_values(
     There are min(Cout, Cin * prod(stride)) of them for each of the prod(size / stride) frequencies, groups counted
     apart; others are 0. Raises ValueError for arguments that do not fit.
     """
-    return torch.linalg.svdvals(_transfer(weight, size, stride, dilation, groups, False)).flatten().sort(descending=True)[0]
+    values: Tensor = torch.linalg.svdvals(_transfer(weight, size, stride, dilation, groups, False))
+    return values.flatten().sort(descending=True).values
 
 
 def conv_spectral_norm(
