@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normkern import nn as layers
 from normkern.functional import moments
 from normkern.probes.result import Result, axes
 from normkern.probes.state import Loss, gradient, untouched
@@ -43,19 +44,22 @@ _ACTIVATIONS = (
     nn.Tanh,
     nn.Tanhshrink,
     nn.Threshold,
+    layers.ScaledReLU,
 )
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-# Layers that end in an activation of their own.
-_ENDS_IN_ACTIVATION = frozenset(
-    {"FilterResponseNorm1d", "FilterResponseNorm2d", "FilterResponseNorm3d", "EvoNorm2dS0", "EvoNorm2dB0"}
-)
+# Norms that end in an activation of their own, where they have this parameter.
+_ENDS_IN_ACTIVATION: dict[type[nn.Module], tuple[str, ...]] = {
+    **dict.fromkeys((layers.FilterResponseNorm1d, layers.FilterResponseNorm2d, layers.FilterResponseNorm3d), ("tau",)),
+    **dict.fromkeys((layers.EvoNorm2dS0, layers.EvoNorm2dB0), ("v",)),
+}
 
 
 def _is_activation(_: str, module: nn.Module) -> bool:
+    """It is an activation, or a layer that ends in one."""
     return (
         isinstance(module, _ACTIVATIONS)
         or isinstance(getattr(module, "act", None), str)
-        or type(module).__name__ in _ENDS_IN_ACTIVATION
+        or any(getattr(module, name, None) is not None for name in _ENDS_IN_ACTIVATION.get(type(module), ()))
     )
 
 
@@ -197,10 +201,10 @@ class Recorder:
         return Activations(tuple(rows))
 
 
-def _chosen(model: nn.Module, layers: Layers) -> set[nn.Module]:
-    if isinstance(layers, (type, tuple)):
-        return {module for module in model.modules() if isinstance(module, layers)}
-    return {module for name, module in model.named_modules() if layers(name, module)}
+def _chosen(model: nn.Module, wanted: Layers) -> set[nn.Module]:
+    if isinstance(wanted, (type, tuple)):
+        return {module for module in model.modules() if isinstance(module, wanted)}
+    return {module for name, module in model.named_modules() if wanted(name, module)}
 
 
 def record_activations(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normkern.probes.result import Result, axes
-from normkern.probes.state import Loss, Point, cosine, gradient, norm, trained, untouched
+from normkern.probes.state import Loss, Point, Snapshot, cosine, evaluate, gradient, norm, trained, untouched
 
 
 @dataclass(frozen=True)
@@ -196,20 +196,17 @@ def covariate_shift(
         model: left as the block leaves it; gradients, buffers, train flags and random generators are not touched.
         loss: as in `landscape`.
         layers: types of the modules that are measured. All that have parameters move with the rest. Parameters of
-            modules that are never called count to the module around them that is.
+            modules that are never called count to the module around them that is; those without a gradient do not move.
 
-    Raises ValueError where no measured layer has parameters that require gradients, and RuntimeError when
-    `result` is read inside the block.
+    Raises ValueError where the loss depends on no parameter of a measured layer, and RuntimeError when `result` is
+    read inside the block.
     """
-    chosen = _layers(model, loss)
+    chosen, at_start = _layers(model, loss)
     measured = [name for name, (module, _) in chosen.items() if isinstance(module, layers)]
     if not measured:
-        raise ValueError("covariate_shift: no layer of these types has parameters that require gradients")
+        raise ValueError("covariate_shift: no layer of these types has parameters that the loss depends on")
     everything = [p for _, group in chosen.values() for p in group]
-    before = Point(everything)
-    with untouched(model) as state:
-        _, slope = gradient("covariate_shift", loss, everything)
-    at_start = dict(zip(everything, slope, strict=True))
+    before, state = Point(everything), Snapshot(model)
     recorder = ShiftRecorder()
     yield recorder
     after = Point(everything)
@@ -237,21 +234,25 @@ def _shifted(name: str, g: list[Tensor], moved: list[Tensor]) -> ShiftedLayer:
     return ShiftedLayer(name, apart, relative, cosine(g, moved), length)
 
 
-def _layers(model: nn.Module, loss: Loss) -> dict[str, tuple[nn.Module, list[nn.Parameter]]]:
-    """Modules in the order of their first call, with the parameters that are theirs alone."""
+def _layers(
+    model: nn.Module, loss: Loss
+) -> tuple[dict[str, tuple[nn.Module, list[nn.Parameter]]], dict[nn.Parameter, Tensor]]:
+    """Modules in the order of their first call, with the parameters that are theirs alone; and the gradients."""
     names = {module: name for name, module in model.named_modules()}
     order: dict[nn.Module, None] = {}
 
     def note(module: nn.Module, _: Any) -> None:
         order.setdefault(module)
 
+    parameters = trained("covariate_shift", model, None)
     hooks = [module.register_forward_pre_hook(note) for module in names]
     try:
-        with untouched(model), torch.no_grad():
-            loss()
+        with untouched(model):
+            found = torch.autograd.grad(evaluate("covariate_shift", loss), parameters, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
+    grads = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
     parents = {child: module for module in names for child in module.children()}
     groups: dict[nn.Module, list[nn.Parameter]] = {module: [] for module in order}
     seen: set[nn.Parameter] = set()
@@ -260,7 +261,7 @@ def _layers(model: nn.Module, loss: Loss) -> dict[str, tuple[nn.Module, list[nn.
         while owner not in order and owner in parents:
             owner = parents[owner]
         for p in module.parameters(recurse=False):
-            if p.requires_grad and p not in seen:  # tied weights belong to the first
+            if p in grads and p not in seen:  # tied weights belong to the first
                 seen.add(p)
                 groups.setdefault(owner, []).append(p)
-    return {names[module]: (module, group) for module, group in groups.items() if group}
+    return {names[module]: (module, group) for module, group in groups.items() if group}, grads

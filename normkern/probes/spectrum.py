@@ -142,13 +142,13 @@ def spectral_norms(model: nn.Module, *inputs: Any) -> SpectralNorms:
     A convolution with circular padding, of as much as keeps the size, is taken on its map: exact. One that pads with
     zeros, or not at all, is part of the convolution on the torus of its padded map: the norm there bounds it from
     above, and comes close on maps much larger than the kernel. Parametrized layers are measured with the weight they
-    use. Layers whose forward is not torch's own (ConvNorm2d, standardized weights), transposed convolutions and other
-    padding are left out, as is what follows a layer. The model is left exactly as it was.
+    use, those of normkern.nn with a normalized weight by that one. Other layers whose forward is not torch's own
+    (ConvNorm2d), transposed convolutions and other padding are left out, as is what follows a layer. The model is left exactly as it was.
     """
     rows: dict[str, LayerNorms] = {}
     hooks = []
     for name, module in model.named_modules():
-        if type(module).forward in _FORWARDS:
+        if type(module).forward in _FORWARDS or hasattr(module, "normalized_weight"):
 
             def measure(module: nn.Module, given: tuple[Tensor, ...], _: Any, name: str = name) -> None:
                 if name not in rows and (found := _measured(name, module, given[0])) is not None:
@@ -165,7 +165,7 @@ def spectral_norms(model: nn.Module, *inputs: Any) -> SpectralNorms:
 
 
 def _measured(name: str, module: Any, x: Tensor) -> LayerNorms | None:
-    weight = module.weight.detach()
+    weight = (module.normalized_weight() if hasattr(module, "normalized_weight") else module.weight).detach()
     reshaped = float(torch.linalg.svdvals(weight.double().flatten(1)).max())
     if isinstance(module, nn.Linear):
         return LayerNorms(name, (), reshaped, reshaped, True)
