@@ -1,6 +1,6 @@
 """normkern: normalization for PyTorch, with one read of the data and no error that grows with the mean."""
 
-from normkern import nn, optim
+from normkern import nn, optim, probes
 from normkern.autocast import keep_half
 from normkern.backends import use_backend
 from normkern.conv_norm import conv_norm, preconditioner
@@ -57,6 +57,7 @@ __all__ = [
     "optim",
     "paper_group_norm",
     "preconditioner",
+    "probes",
     "register_converter",
     "register_norm",
     "revert",
