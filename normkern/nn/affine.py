@@ -48,9 +48,10 @@ _mentioned: set[type] = set()
 def register_norm(kind: type[nn.Module] | str, *names: str) -> None:
     """Let norm_parameters() (and normkern.optim.SAM) take modules of class `kind` and of its subclasses for norms.
 
-    kind: a class, or its full name ("package.module.Class", * for any characters) where that package should not be
-        imported for it.
-    names: which parameters of the module count; none given, all that it holds itself, not in its children.
+    Args:
+        kind: a class, or its full name ("package.module.Class", * for any characters) where that package should not be
+            imported for it.
+        names: which parameters of the module count; none given, all that it holds itself, not in its children.
 
     A later registration replaces an earlier or a built-in one. Raises TypeError where `kind` is no nn.Module class and
     no name.
