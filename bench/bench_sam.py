@@ -90,13 +90,13 @@ def main() -> None:
                     times[name].append((time.process_time_ns() - start) * 1e-6)
         sgd = statistics.median(times["SGD"])
         for name, values in times.items():
-            low, middle, high = (sorted(values)[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
             middle = statistics.median(values)
+            low, high = (sorted(values)[round(q * (len(values) - 1))] for q in (0.2, 0.8))
             for metric, found in (("cpu_ms", (low, middle, high)), ("kept_bytes", (float(kept[name]),) * 3)):
                 row = Row("training step", name, "", metric, "network", network, *found)
                 row.dtype, row.device = "float32", device_name(torch.device("cpu"))
                 if metric == "cpu_ms":
-                    row.ratio_to_torch = middle / sgd
+                    row.ratio_to_torch = sgd / middle
                 else:
                     row.bytes = size
                 sheet.add(row)

@@ -466,3 +466,37 @@ def _checked_dims(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
     if x.dim() == 0:
         return ()
     return tuple(found) if found else tuple(range(x.dim()))
+
+
+# The rest of the functions, which build on those above.
+from normkern.ablation import batch_noise, lp_batch_norm  # noqa: E402
+from normkern.family import (  # noqa: E402
+    evo_norm_b0,
+    evo_norm_s0,
+    filter_response_norm,
+    paper_group_norm,
+    variance_norm,
+)
+from normkern.weights import scaled_relu, weight_center, weight_norm, weight_standardize  # noqa: E402
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_noise",
+    "batch_norm",
+    "evo_norm_b0",
+    "evo_norm_s0",
+    "filter_response_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "lp_batch_norm",
+    "moments",
+    "paper_group_norm",
+    "rms_norm",
+    "scaled_relu",
+    "variance_norm",
+    "weight_center",
+    "weight_norm",
+    "weight_standardize",
+]

@@ -198,12 +198,17 @@ def group(
 
 
 @cached
-def instance(shape: Sequence[int], strides: Sequence[int], act: Act = Act.none, eps: float = 1e-5) -> Problem | None:
-    """Moments over the positions of every channel of every sample; a weight per channel."""
+def instance(
+    shape: Sequence[int], strides: Sequence[int], act: Act = Act.none, eps: float = 1e-5, second: bool = False
+) -> Problem | None:
+    """Moments over the positions of every channel of every sample; a weight per channel.
+
+    With `second` it is the second moment about 0: filter response norm.
+    """
     pair = _pair([Axis(n, s, dim < 2, dim == 1) for dim, (n, s) in enumerate(zip(shape, strides, strict=True))])
     if pair is None:
         return None
-    return Problem(pair[0], pair[1], Moments.mean_var, act, eps)
+    return Problem(pair[0], pair[1], Moments.second if second else Moments.mean_var, act, eps)
 
 
 @cached
@@ -228,6 +233,15 @@ def layer(
     wide = [dim for dim in normalized if shape[lead + dim] != 1]
     weight_order = None if wide == sorted(wide) else normalized
     return Problem(stats, affine, Moments.second if second else Moments.mean_var, act, eps, weight_order)
+
+
+@cached
+def kernel(shape: Sequence[int], strides: Sequence[int], eps: float = 0.0, second: bool = False) -> Problem | None:
+    """Moments of every output channel (dimension 0) of a layer's weight, and a gain for each."""
+    pair = _pair([Axis(n, s, dim == 0, dim == 0) for dim, (n, s) in enumerate(zip(shape, strides, strict=True))])
+    if pair is None:
+        return None
+    return Problem(pair[0], pair[1], Moments.second if second else Moments.mean_var, Act.none, eps)
 
 
 @cached

@@ -4,32 +4,12 @@
 #pragma once
 
 #include "../core/problem.h"
+#include "exponential.h"
 #include "lanes.h"
 #include "sums.h"
 
 namespace normkern::cpu::NK_ISA {
 namespace {
-
-// e^x: x = n*ln2 + r with |r| <= ln2/2, the Taylor polynomial of e^r (truncated below 6e-9), and 2^n in two factors,
-// so that results reach from the smallest subnormal to infinity.
-NK_INLINE Floats exp_lanes(Floats x) {
-  x = where_less(x, fill(-104.0f), fill(-104.0f), where_less(fill(89.0f), x, fill(89.0f), x));
-  // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits.
-  const Floats shifted = x * fill(1.44269504f) + fill(12582912.0f), n = shifted - fill(12582912.0f);
-  const Floats r = (x - n * fill(0.693145751953125f)) - n * fill(1.42860682e-6f);
-  Floats p = fill(1.0f / 5040);
-  p = p * r + fill(1.0f / 720);
-  p = p * r + fill(1.0f / 120);
-  p = p * r + fill(1.0f / 24);
-  p = p * r + fill(1.0f / 6);
-  p = p * r + fill(0.5f);
-  p = p * r + fill(1.0f);
-  p = p * r + fill(1.0f);
-  using I = Vector<int32_t, kLanes>;
-  const I exponent = bit_cast<I>(shifted) - 0x4b400000, half = exponent >> 1;
-  const Floats low = bit_cast<Floats>((half + 127) << 23), high = bit_cast<Floats>((exponent - half + 127) << 23);
-  return p * low * high;
-}
 
 // Phi(z), the normal distribution function, and phi(z), its density. With t = |z|/sqrt(2):
 // erfc(t) = exp(-t^2) * P((t - 3)/(t + 3)) / (t + 3), P fitted to 3e-9 on [0, 10.6], beyond which exp(-t^2) is 0.

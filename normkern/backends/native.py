@@ -49,7 +49,7 @@ class Native:
 
     def __init__(self) -> None:
         self.cpu_why_not = _load("_C_cpu.so", _REBUILD)
-        if self.cpu_why_not is None and not hasattr(torch.ops.normkern, "update_running"):
+        if self.cpu_why_not is None and not hasattr(torch.ops.normkern, "evolve"):
             self.cpu_why_not = f"_C_cpu.so is of an older version; {_REBUILD}"
         # The operators' schemas are in the CPU library.
         self.cuda_why_not = self.cpu_why_not or _load(
@@ -62,6 +62,9 @@ class Native:
             self._backward = torch.ops.normkern.backward.default
             self._moments = torch.ops.normkern.moments.default
             self._update_running = torch.ops.normkern.update_running.default
+            self._evolve = torch.ops.normkern.evolve.default
+            self._evolve_sums = torch.ops.normkern.evolve_sums.default
+            self._evolve_backward = torch.ops.normkern.evolve_backward.default
         has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
         self._updates_on_cuda = self.cuda_why_not is None and has_kernel("normkern::update_running", "CUDA")
 
@@ -144,6 +147,21 @@ class Native:
             torch.autograd.graph.increment_version((running_mean, running_var))
         return True
 
+    def evolves(self, x: Tensor) -> bool:
+        """Whether there are kernels for the maps of evolved.py: on the CPU only, as yet."""
+        return x.is_cpu or x.is_meta
+
+    def evolve(self, kind: int, domain: Domain, x: Tensor, rows: Tensor) -> Tensor:
+        """The map of core/evolved.h; `rows` is its table of coefficients."""
+        return self._evolve(x, rows, _extents(domain), kind)  # type: ignore[no-any-return]
+
+    def evolve_sums(self, kind: int, domain: Domain, dy: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+        """Sums over every group, float64 [sums, groups]."""
+        return self._evolve_sums(dy, x, rows, _extents(domain), kind).view(-1, domain.groups)  # type: ignore[no-any-return]
+
+    def evolve_backward(self, kind: int, domain: Domain, dy: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+        return self._evolve_backward(dy, x, rows, _extents(domain), kind)  # type: ignore[no-any-return]
+
 
 def _extents(domain: Domain) -> list[int]:
     return [domain.batch, domain.rows, domain.keep, domain.cols]
@@ -214,3 +232,15 @@ def _register_fakes() -> None:
     @register("normkern::moments")
     def moments(x: Tensor, stats: list[int], moments: int) -> tuple[Tensor, Tensor]:
         return _group_vectors(x, stats, moments, True)
+
+    @register("normkern::evolve")
+    def evolve(x: Tensor, rows: Tensor, domain: list[int], kind: int) -> Tensor:
+        return _like(x)
+
+    @register("normkern::evolve_sums")
+    def evolve_sums(dy: Tensor, x: Tensor, rows: Tensor, domain: list[int], kind: int) -> Tensor:
+        return x.new_empty((3, 5)[kind] * domain[0] * domain[2], dtype=torch.float64)
+
+    @register("normkern::evolve_backward")
+    def evolve_backward(dy: Tensor, x: Tensor, rows: Tensor, domain: list[int], kind: int) -> Tensor:
+        return _like(x)
