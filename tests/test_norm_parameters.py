@@ -32,6 +32,18 @@ def test_norms_are_known_by_their_class() -> None:
         normkern.norm_parameters(list(model.parameters()))  # type: ignore[arg-type]
 
 
+def test_norms_of_our_own() -> None:
+    """Scale and shift, and nothing else that they learn."""
+    model = nn.ModuleList([
+        normkern.nn.FilterResponseNorm2d(4, learn_eps=True), normkern.nn.VarianceNorm2d(4),
+        normkern.nn.EvoNorm2dS0(4, 2), normkern.nn.EvoNorm2dB0(4), normkern.nn.LpBatchNorm2d(4),
+        normkern.nn.NoisyBatchNorm2d(4), normkern.nn.ScaledWSConv2d(4, 4, 3),
+    ])  # fmt: skip
+    held = {name for name, _ in model[:6].named_parameters()}
+    assert names_of(model) == [f"{i}.{kind}" for i in range(6) for kind in ("weight", "bias")]
+    assert {"0.tau", "0.eps", "2.v", "3.v"} <= held
+
+
 def foreign_class(full: str, *parameters: str, base: type = nn.Module) -> type[nn.Module]:
     """A class as another library has it, as far as anyone can see."""
 
@@ -52,7 +64,6 @@ def foreign_class(full: str, *parameters: str, base: type = nn.Module) -> type[n
         ("transformers.models.llama.modeling_llama.LlamaRMSNorm", ("weight",), ["weight"]),
         ("transformers.models.mamba2.modeling_mamba2.MambaRMSNormGated", ("weight",), ["weight"]),
         ("diffusers.models.autoencoders.autoencoder_kl_wan.WanRMS_norm", ("gamma",), ["gamma"]),
-        ("normkern.nn.frn.FilterResponseNorm2d", ("weight", "bias", "tau", "eps"), ["weight", "bias"]),
         ("mine.layers.Normalizer", ("scale",), []),
     ],
 )

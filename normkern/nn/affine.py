@@ -12,21 +12,16 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn import Parameter
 
-from normkern.nn import foreign
+from normkern.nn import family, foreign
 
 logger = logging.getLogger("normkern")
 
 _AFFINE = ("weight", "bias")
-_STOCK = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_CLASSES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, family._Channels)
 
 # Full names of classes, with * for any characters, and which of their parameters count; none named: all of their own.
 # What a layer learns beside scale and shift (a threshold, an eps, the slope of a gate) is left out.
 _NAMED: dict[str, tuple[str, ...]] = {
-    "normkern.nn.*.FilterResponseNorm?d": _AFFINE,
-    "normkern.nn.*.VarianceNorm?d": _AFFINE,
-    "normkern.nn.*.EvoNorm?d??": _AFFINE,
-    "normkern.nn.*.LpBatchNorm?d": _AFFINE,
-    "normkern.nn.*.NoisyBatchNorm?d": _AFFINE,
     "timm.layers.evo_norm.EvoNorm2d*": _AFFINE,
     "timm.layers.filter_response_norm.FilterResponseNorm*": _AFFINE,
     "timm.layers.norm.*Norm*": _AFFINE,
@@ -92,7 +87,7 @@ def _names_of(module: nn.Module) -> tuple[str, ...] | None:
     for kind, names in reversed(_registered.items()):
         if kind in kinds if isinstance(kind, type) else any(fnmatchcase(name, kind) for name in full):
             return names
-    if isinstance(module, _STOCK):
+    if isinstance(module, _CLASSES):
         return _AFFINE
     for pattern, names in _NAMED.items():
         if any(fnmatchcase(name, pattern) for name in full):
