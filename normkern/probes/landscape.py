@@ -62,9 +62,9 @@ class Landscape(Result):
     def plot(self, ax: Any = None) -> Any:
         """Two axes: loss and distance of the gradient by step."""
         left, right = axes(ax, 2)
-        grid = [row.step for row in self.steps]
-        left.plot([0.0, *grid], [self.loss, *(row.loss for row in self.steps)], marker="o")
-        right.plot([0.0, *grid], [0.0, *(row.gradient_distance for row in self.steps)], marker="o")
+        lengths = [row.step for row in self.steps]
+        left.plot([0.0, *lengths], [self.loss, *(row.loss for row in self.steps)], marker="o")
+        right.plot([0.0, *lengths], [0.0, *(row.gradient_distance for row in self.steps)], marker="o")
         left.set(xlabel="step", ylabel="loss")
         right.set(xlabel="step", ylabel="l2 distance of the gradient")
         return [left, right]
@@ -103,8 +103,8 @@ def landscape(
     Norms, distances and cosines are over all parameters at once, in float64. Raises ValueError for a loss of more than
     one element, steps that are not positive, a direction that does not fit, and where no parameter requires gradients.
     """
-    grid = [float(step) for step in steps]
-    if not grid or not all(0 < step < math.inf for step in grid):
+    lengths = [float(step) for step in steps]
+    if not lengths or not all(0 < step < math.inf for step in lengths):
         raise ValueError(f"landscape: steps must be positive, finite and at least one; got {list(steps)}")
     moved = trained("landscape", model, parameters)
     if direction is not None and [d.shape for d in direction] != [p.shape for p in moved]:
@@ -118,7 +118,7 @@ def landscape(
         with untouched(model) as before:
             value, slope = gradient("landscape", loss, moved)
             way = slope if direction is None else list(direction)
-            for step in grid:
+            for step in lengths:
                 start.move([w - step * d for w, d in zip(start.values, way, strict=True)])
                 before.restore()
                 here, found = gradient("landscape", loss, moved)

@@ -128,15 +128,15 @@ class _SampleCorrelation:
         self.n = n
         reach = 40 / (n - 2) + 12 / math.sqrt(n)
         step = 0.2 / math.sqrt(n)
-        self.grid = torch.arange(-reach, reach + step, step, dtype=torch.float64)  # around c
+        self.points = torch.arange(-reach, reach + step, step, dtype=torch.float64)  # around c
 
     def mean_kernel(self, rho: float) -> float:
         if rho >= 1:
             return 1.0
         rho = max(rho, -1 + 1e-12)
-        z = math.atanh(rho) + self.grid
+        z = math.atanh(rho) + self.points
         r = torch.tanh(z)
-        weight = 0.5 * torch.log(torch.cosh(z)) - (self.n - 1.5) * torch.log(torch.cosh(self.grid))
+        weight = 0.5 * torch.log(torch.cosh(z)) - (self.n - 1.5) * torch.log(torch.cosh(self.points))
         density = torch.exp(weight - weight.max()) * self._hypergeometric((1 + rho * r) / 2)
         # 1 - r^2 and arccos r from z: r rounds to 1 long before they are 0.
         kernel = (1 / torch.cosh(z) + r * (math.pi - 2 * torch.atan(torch.exp(-z)))) / math.pi
