@@ -37,6 +37,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         "add_layer_norm",
         "add_rms_norm",
         "moments",
+        "filter_response_norm",
+        "weight_standardize",
+        "weight_norm",
     )
 }
 _DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}

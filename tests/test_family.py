@@ -687,3 +687,38 @@ def test_own_layers_are_left_alone() -> None:
     report = normkern.convert(model, dry_run=True)
     assert not report.converted
     assert not [row for row in report.skipped if "no converter" in str(row)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    ops = torch.ops.normkern
+    for x, domain in (
+        (torch.randn(2, 3, 4, 5), [6, 1, 1, 20]),
+        (torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), [2, 20, 3, 1]),
+    ):
+        x = x.to(dtype)
+        rows = torch.rand(7, 6, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+        for kind in (0, 1):
+            for operator, tensors in (
+                (ops.evolve.default, (x, rows)),
+                (ops.evolve_sums.default, (torch.randn_like(x), x, rows)),
+                (ops.evolve_backward.default, (torch.randn_like(x), x, rows)),
+            ):
+                done = torch.library.opcheck(operator, (*tensors, domain, kind))
+                assert set(done.values()) == {"SUCCESS"}, done
+
+
+def test_operators_keep_memory_safe() -> None:
+    """What Python never passes: too few rows, of another dtype, another kind, domain or layout of dy."""
+    ops, x = torch.ops.normkern, torch.randn(2, 3, 4, 5)
+    rows, domain = torch.rand(5, 6), [6, 1, 1, 20]
+    for call, message in (
+        (lambda: ops.evolve(x, rows[:2], domain, 0), "rows must hold 3 rows of 6"),
+        (lambda: ops.evolve(x, rows.double(), domain, 0), "rows must be contiguous, and float32"),
+        (lambda: ops.evolve(x, rows, domain, 2), "kind must be 0 or 1"),
+        (lambda: ops.evolve(x, rows, [6, 1, 1, 19], 0), "the extents of domain must multiply to 120"),
+        (lambda: ops.evolve_backward(x, x, rows, domain, 1), "rows must hold 7 rows of 6"),
+        (lambda: ops.evolve_sums(x.double(), x, rows, domain, 0), "dy must have x's sizes, strides and dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
