@@ -131,7 +131,7 @@ class Variance:
         y = y if weight is None else y * over(weight.double(), x)
         y = y if bias is None else y + over(bias.double(), x)
         y = y if residual is None else y + residual.double()
-        return eager._activate(self.problem.act, y), mean, var
+        return eager.activate(self.problem.act, y), mean, var
 
     def _given(self) -> Problem:
         return replace(self.problem, moments=Moments.given)
