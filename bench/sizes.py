@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from cases import SHAPES, Case
+from cases import NORMS, SHAPES, Case
 
 # (where the layer comes from, case); batch sizes are those of one step on 2 CPU cores, `many` times that on a GPU.
 REAL = (
@@ -79,7 +79,7 @@ def fused(dtypes: tuple[str, ...]) -> Iterator[tuple[str, Case]]:
 def layers(quick: bool, on_gpu: bool, dtypes: tuple[str, ...], table: bool) -> Iterator[tuple[str, Case]]:
     chosen = [(name, case) for name, case in REAL if not quick or name in QUICK]
     if table:
-        for norm, shapes in SHAPES.items():
+        for norm, shapes in ((norm, SHAPES[norm]) for norm in NORMS):
             option = "groups" if norm == "group" else "dims"
             chosen += [("table", replace(Case(norm, shape), **{option: value})) for shape, value in shapes]
     for name, case in chosen:

@@ -370,6 +370,12 @@ def test_nan_reaches_its_group_alone() -> None:
     assert F.evo_norm_b0(x, None, v=v, training=True)[:, 0].isnan().all()
 
 
+class Distributed(Tensor):
+    """What tells a DTensor."""
+
+    device_mesh = None
+
+
 X, P = torch.zeros(2, 4, 3, 3), torch.ones(4)
 ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: F.filter_response_norm(X[:, :, 0, 0]), RuntimeError, "filter_response_norm: input must have at least 3"),
@@ -386,6 +392,7 @@ ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: F.evo_norm_s0(X, 2.0, v=P), TypeError, "num_groups must be an int"),
     (lambda: F.evo_norm_b0(X, None, v=P), RuntimeError, "evo_norm_b0: running_var must be given"),
     (lambda: F.evo_norm_b0(X, P[:2], v=P, training=True), RuntimeError, "running_var must have shape"),
+    (lambda: F.evo_norm_s0(X.as_subclass(Distributed), 2, v=P), NotImplementedError, "a plain tensor; got a DTensor"),
     (lambda: F.paper_group_norm(X[:, :, :1, :1], 4), ValueError, "Expected more than 1 value per group"),
     (lambda: F.weight_standardize(P), RuntimeError, "weight_standardize: input must have at least 2 dimensions"),
     (lambda: F.weight_standardize(X, P), RuntimeError, r"gain must have shape \(2,\); got \(4,\)"),
