@@ -47,7 +47,7 @@ class _WeightConv2d(torch.nn.Conv2d):
         return self._kept[1]  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.normalized_weight(), self.bias)
+        return self._conv_forward(input, self.normalized_weight(), self.bias)  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> Any:
         self._kept = None
