@@ -272,10 +272,10 @@ def main(given: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("examples/results"), help="directory of the CSV and the figure"
     )
     parser.add_argument("--seeds", type=int, help="default 5, with --quick 1")
-    parser.add_argument("--epochs", type=int, help="default 6, with --quick 2; an epoch is 22 steps of 64 images")
+    parser.add_argument("--epochs", type=int, help="default 3, with --quick 2; an epoch is 22 steps of 64 images")
     arguments = parser.parse_args(given)
     arguments.seeds = arguments.seeds or (1 if arguments.quick else 5)
-    arguments.epochs = arguments.epochs or (2 if arguments.quick else 6)
+    arguments.epochs = arguments.epochs or (2 if arguments.quick else 3)
     console = Console()
     out = run(arguments, console)
     arguments.out.mkdir(parents=True, exist_ok=True)
