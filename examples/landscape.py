@@ -8,7 +8,9 @@
 # covariate shift of the steps (normkern.probes.landscape, covariate_shift). Every number goes to landscape.csv, means
 # over steps to the terminal, and with matplotlib a figure to landscape.png.
 #
-# FINDINGS
+# The paper finds: batch norm makes loss range, gradient distance and beta-smoothness smaller, by orders of magnitude
+# early in training of a large VGG; it does not make the covariate shift smaller; noise behind it hardly slows training,
+# but stops that of the network without it; the other norms do about as well.
 from __future__ import annotations
 
 import argparse
