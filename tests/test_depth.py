@@ -112,8 +112,8 @@ def test_similarity_at_depth(group_size: int) -> None:
     early, late = torch.tensor(found).mean(0).tolist()
     predicted = probes.predict(group_size, 50).layers
     assert early == pytest.approx(predicted[9].similarity, abs=0.03)
-    # One network's similarity wanders by 0.015 in small groups and 0.005 in large ones.
-    assert late == pytest.approx(predicted[49].similarity, abs=0.03 if group_size <= 8 else 0.012)
+    # One network's similarity wanders by 0.015 in small groups and 0.004 in large ones.
+    assert late == pytest.approx(predicted[49].similarity, abs=0.03 if group_size <= 16 else 0.012)
 
 
 def test_similarity_without_norm_and_with_batch_norm() -> None:

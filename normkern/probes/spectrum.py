@@ -143,8 +143,8 @@ def spectral_norms(model: nn.Module, *inputs: Any) -> SpectralNorms:
     zeros, or not at all, is part of the convolution on the torus of its padded map: the norm there bounds it from
     above, and comes close on maps much larger than the kernel. Parametrized layers are measured with the weight they
     use, those of normkern.nn with a normalized weight by that one. Other layers whose forward is not torch's own
-    (ConvNorm2d), transposed convolutions and other padding are left out, as is what follows a layer. The model is left
-    exactly as it was.
+    (ConvNorm2d), transposed convolutions and other padding are left out, as is what follows a layer. The model is
+    left exactly as it was.
     """
     rows: dict[str, LayerNorms] = {}
     hooks = []
