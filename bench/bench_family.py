@@ -1,11 +1,13 @@
-# The norms of "Beyond BatchNorm" on ResNet-50's maps, and the normalization of all its kernels: a training step (forward
-# and backward) of normkern, of the formula in torch's operators, and of timm's modules where timm is installed.
-#   python bench/bench_family.py [--quick] [--threads N] [--csv FILE]
+# The norms of "Beyond BatchNorm" on ResNet-50's maps, and the normalization of all its kernels: a training step
+# (forward and backward) of normkern, of the formula in torch's operators, and of timm's modules where it is installed.
+#   python bench/bench_family.py [--quick] [--threads 1] [--csv FILE]
 #
-# Rivals run in turn; a ratio is the median of the rounds' own ratios, so that a busy machine changes little.
+# One thread and process CPU time by default, rivals in turn; a ratio is the median of the rounds' own ratios, so that a
+# busy machine changes little.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -25,7 +27,7 @@ import normkern  # noqa: E402
 
 Step = Callable[[], object]
 EPS = 1e-5
-MAPS = ((32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14), (32, 2048, 7, 7))
+MAPS = ((8, 64, 56, 56), (8, 256, 28, 28), (8, 512, 14, 14), (8, 2048, 7, 7))
 
 
 def timm_layers() -> Any:
@@ -106,23 +108,26 @@ def rounds(steps: dict[str, Step], budget: float) -> dict[str, list[float]]:
     start = time.perf_counter()
     while time.perf_counter() - start < budget or len(times["normkern"]) < 5:
         for name, step in steps.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             step()
-            times[name].append((time.perf_counter() - begin) * 1e3)
+            times[name].append((time.process_time() - begin) * 1e3)
     return times
 
 
 def report(sheet: Sheet, norm: str, x_name: str, x_value: str, dtype: str, layout: str, times: Any) -> None:
-    ours = times["normkern"]
+    print(f"{norm:22} {x_value:16} {layout:14} {dtype:9}", end="")
     for provider, taken in times.items():
-        ratio = statistics.median(theirs / own for theirs, own in zip(taken, ours, strict=True))
-        low, mid, high = (sorted(taken)[int(q * (len(taken) - 1))] for q in (0.2, 0.5, 0.8))
+        ratio = statistics.median(torch_s / own for torch_s, own in zip(times["torch"], taken, strict=True))
+        least, middle, most = (sorted(taken)[int(q * (len(taken) - 1))] for q in (0.2, 0.5, 0.8))
         sheet.add(
-            Row(norm, provider, "step", "ms", x_name, x_value, low, mid, high, dtype=dtype, layout=layout,
-                ratio_to_torch="" if provider == "normkern" else ratio, device=device_name(torch.device("cpu")))
+            Row(norm, provider, "step", "cpu_ms", x_name, x_value, least, middle, most, dtype=dtype, layout=layout,
+                ratio_to_torch=ratio, device=device_name(torch.device("cpu")))
         )  # fmt: skip
-        against = "" if provider == "normkern" else f"{ratio:6.2f} times normkern's"
-        print(f"{norm:22} {x_value:16} {layout:14} {dtype:9} {provider:9} {mid:9.3f} ms  {against}", flush=True)
+        print(f"  {provider} {middle:.2f} ms ({ratio:.2f})", end="")
+    if "timm" in times:
+        ratios = [theirs / own for theirs, own in zip(times["timm"], times["normkern"], strict=True)]
+        print(f"  {statistics.median(ratios):.2f} times timm's speed", end="")
+    print(flush=True)
 
 
 def on_maps(sheet: Sheet, timm: Any, quick: bool, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -147,15 +152,15 @@ def on_maps(sheet: Sheet, timm: Any, quick: bool, dtypes: tuple[torch.dtype, ...
 
                     leaves = list(ours.parameters())
                     steps: dict[str, Step] = {
-                        "normkern": lambda f=ours, l=leaves: step(f, l),
-                        "formula": lambda f=formula, m=ours, l=leaves: step(lambda x: f(m, x), l),
+                        "normkern": lambda f=ours, own=leaves: step(f, own),
+                        "torch": lambda f=formula, m=ours, own=leaves: step(functools.partial(f, m), own),
                     }
                     if timm is not None and in_timm:
                         theirs = getattr(timm, in_timm)(shape[1], eps=EPS).to(dtype)
                         steps["timm"] = lambda f=theirs: step(f, list(f.parameters()))
                     text = "x".join(map(str, shape))
                     place = "channels_last" if layout is torch.channels_last else "contiguous"
-                    times = rounds(steps, 0.5 if quick else 2.0)
+                    times = rounds(steps, 0.5 if quick else 1.5)
                     report(sheet, name, "shape", text, str(dtype).removeprefix("torch."), place, times)
 
 
@@ -176,7 +181,7 @@ def on_kernels(sheet: Sheet, timm: Any, quick: bool) -> None:
 
     steps: dict[str, Step] = {
         "normkern": lambda: step(lambda w, g: normkern.weight_standardize(w, g, EPS, scaled=True)),
-        "formula": lambda: step(standardize),
+        "torch": lambda: step(standardize),
         "timm": lambda: step(as_timm),
     }
     report(
@@ -187,11 +192,10 @@ def on_kernels(sheet: Sheet, timm: Any, quick: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="two maps, float32")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--csv", type=Path, help="file for the long table of results")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     keep_memory()
     torch.manual_seed(0)
     sheet, timm = Sheet(options.csv), timm_layers()

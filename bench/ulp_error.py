@@ -16,6 +16,7 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
 from cases import Case, Inputs, build, call  # noqa: E402
+from reference import half_ulp  # noqa: E402
 from sheet import Row, Sheet, device_name  # noqa: E402
 
 import normkern.functional  # noqa: E402
@@ -28,7 +29,7 @@ SHAPES = {
     "rms": (2048, 768),
 }
 EDGES = (0.5, 1, 1.5, 2, 3, 4)
-BITS = {"float32": 24, "bfloat16": 8, "float16": 11}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def exactly(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -47,10 +48,6 @@ def exactly(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return y, torch.maximum((y - bias).abs(), bias.abs())
 
 
-def ulp(size: Tensor, bits: int) -> Tensor:
-    return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - bits)
-
-
 def rows_of(case: Case) -> list[Row]:
     inputs = build(case)
     inputs.running_mean = inputs.running_var = None
@@ -59,7 +56,7 @@ def rows_of(case: Case) -> list[Row]:
     for name, functions in (("torch", F), ("normkern", normkern.functional)):
         y = call(case, inputs, functions)
         if case.dtype == "float32":
-            off = ((y.double() - exact).abs() / ulp(size.clamp_min(1e-30), 24)).flatten()
+            off = ((y.double() - exact).abs() / (2 * half_ulp(size.clamp_min(1e-30), torch.float32))).flatten()
             counts = [float((off <= edge).double().mean()) for edge in EDGES]
             found = [
                 *zip((f"at most {edge:g} ulp" for edge in EDGES), counts, strict=True),
@@ -79,7 +76,7 @@ def main() -> None:
     sheet = Sheet(parser.parse_args().csv)
     for norm, shape in SHAPES.items():
         for layout in ("contiguous",) if norm in ("layer", "rms") else ("contiguous", "channels_last"):
-            for dtype in BITS:
+            for dtype in DTYPES:
                 params = "w" if norm == "rms" else "wb"
                 case = Case(norm, shape, groups=8, layout=layout, dtype=dtype, params=params, data="scaled")
                 for row in rows_of(case):

@@ -1,6 +1,7 @@
 """normkern: normalization for PyTorch, with one read of the data and no error that grows with the mean."""
 
 from normkern import nn, optim, probes
+from normkern.autocast import keep_half
 from normkern.backends import use_backend
 from normkern.conv_norm import conv_norm, preconditioner
 from normkern.explain import explain
@@ -47,6 +48,7 @@ __all__ = [
     "frozen_running_stats",
     "group_norm",
     "instance_norm",
+    "keep_half",
     "layer_norm",
     "lp_batch_norm",
     "moments",

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normkern.backends.eager import activate
 from normkern.problem import Act
 
 _tracing: Any = torch._C._get_tracing_state
@@ -41,16 +42,7 @@ def takes_statistics(mean: Tensor | None, x: Tensor, training: bool, momentum: o
 
 def finish(y: Tensor, act: Act, residual: Tensor | None) -> Tensor:
     """What follows the affine step."""
-    z = y if residual is None else y + residual
-    if act == Act.relu:
-        return F.relu(z)
-    if act == Act.silu:
-        return F.silu(z)
-    if act == Act.gelu:
-        return F.gelu(z)
-    if act == Act.leaky_relu:
-        return F.leaky_relu(z)
-    return z
+    return activate(act, y if residual is None else y + residual)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

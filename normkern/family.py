@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from normkern import evolved, problem, scaled
+from normkern import direct, evolved, problem, scaled
 from normkern.autograd import same_buffer
 from normkern.checks import (
     check_act,
@@ -76,6 +76,12 @@ def filter_response_norm(
         ValueError: both tau and act are given, or eps is negative.
     """
     name = "filter_response_norm"
+    call = None
+    if tau is None and not isinstance(eps, Tensor):
+        call = "filter_response", input, weight, bias, residual, None, None, eps, act
+        y = direct.run(call, None)
+        if y is not None:
+            return y
     check_input(name, input, 3)
     activation = check_act(name, act)
     if tau is not None and act is not None:
@@ -94,7 +100,7 @@ def filter_response_norm(
         return _empty(input, weight, bias, tau, learned, residual)
     dense, found = _fit(input, problem.instance, activation, eps, True)
     if tau is None and learned is None:
-        return _normalize(input, dense, found, weight, bias, residual)[0]
+        return _normalize(input, dense, found, weight, bias, residual, call=call)[0]
     if tau is None and act is not None:
         raise ValueError(f"{name}: act needs an eps that is a number; got a tensor")
     residual = None if residual is None else same_buffer(residual, dense)

@@ -4,18 +4,18 @@ Each function checks its arguments, names its two domains (problem.py) and hands
 (N, C, ...) in any dense memory format; output and gradients keep its dtype and layout. `residual` is added after weight
 and bias and before `act`, one of None, "relu", "silu", "gelu", "leaky_relu". Parameters may have any floating dtype.
 Under torch.autocast("cuda") layer, group and RMS norm of tensors on the GPU compute and answer in float32, as torch's
-do; batch and instance norm, and every norm on the CPU, take their inputs as they come, as torch's do.
+do, unless autocast.keep_half says otherwise; batch and instance norm, and every norm on the CPU, take their inputs as
+they come, as torch's do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from normkern import aten, autograd, direct, problem, running
+from normkern import aten, autocast, autograd, direct, problem, running
 from normkern.checks import (
     check_act,
     check_enough_values,
@@ -31,8 +31,6 @@ from normkern.checks import (
     spatial_count,
 )
 from normkern.problem import Problem
-
-T = TypeVar("T")
 
 # A constructor of problem.py: from sizes, strides and what the norm adds to the problem, or None where they do not fit.
 Geometry = Callable[..., Problem | None]
@@ -79,13 +77,6 @@ def _normalize(
     if dense is not x:
         y = autograd.same_buffer(y, torch.empty_like(x))
     return y, mean, var
-
-
-def _autocast(t: T) -> T:
-    """A tensor on a GPU as torch.autocast has it for layer, group and RMS norm: float32."""
-    if isinstance(t, Tensor) and t.is_cuda and t.is_floating_point() and t.dtype is not torch.float64:
-        return t.float()  # type: ignore[return-value]
-    return t
 
 
 def _empty(x: Tensor, *others: Tensor | None) -> Tensor:
@@ -209,9 +200,9 @@ def group_norm(
     if y is not None:
         return y
     check_input("group_norm", input, 2)
-    if input.is_cuda and torch.is_autocast_enabled("cuda"):
-        input = _autocast(input)
-        weight, bias, residual = _autocast(weight), _autocast(bias), _autocast(residual)
+    if autocast.casts(input):
+        input = autocast.to_float32(input)
+        weight, bias, residual = autocast.to_float32(weight), autocast.to_float32(bias), autocast.to_float32(residual)
     check_groups("group_norm", num_groups, input)
     eps = check_float("group_norm", "eps", eps)
     activation = check_act("group_norm", act)
@@ -298,9 +289,9 @@ def _layer_norm(
     call: tuple[object, ...] | None = None,
 ) -> Tensor:
     check_input(name, x, 0)
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x = _autocast(x)
-        weight, bias, residual = _autocast(weight), _autocast(bias), _autocast(residual)
+    if autocast.casts(x):
+        x = autocast.to_float32(x)
+        weight, bias, residual = autocast.to_float32(weight), autocast.to_float32(bias), autocast.to_float32(residual)
     shape = check_normalized_shape(name, normalized_shape, x)
     activation = check_act(name, act)
     weight = check_parameter(name, "weight", weight, shape, x)

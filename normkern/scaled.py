@@ -131,7 +131,7 @@ class Variance:
         y = y if weight is None else y * over(weight.double(), x)
         y = y if bias is None else y + over(bias.double(), x)
         y = y if residual is None else y + residual.double()
-        return eager._activate(self.problem.act, y), mean, var
+        return eager.activate(self.problem.act, y), mean, var
 
     def _given(self) -> Problem:
         return replace(self.problem, moments=Moments.given)
@@ -153,6 +153,8 @@ class Variance:
     ) -> Sequence[Tensor | None]:
         weight, bias, residual = parameters
         mean, var = moments
+        if x.dtype in (torch.float16, torch.bfloat16):  # dx is made in two steps, and rounded once
+            x, dy, residual = x.float(), dy.float(), None if residual is None else residual.float()
         need_x, need_weight, need_bias, need_residual = wanted
         passes_on = need_residual and self.problem.act == Act.none
         scale = torch.ones_like(var) if weight is None else weight.double()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkern import aten, autograd, problem
+from normkern import aten, autograd, direct, problem
 from normkern.autograd import same_buffer
 from normkern.backends import Backend, select
 from normkern.checks import check_flag, check_input, check_parameter
@@ -35,6 +35,11 @@ def _check_weight(name: str, weight: Tensor, gain: Tensor | None) -> Tensor | No
 
 def _by_channel(t: Tensor, weight: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """What the formulas compute in, so that gradients that meet in the weight are rounded once."""
+    return weight if weight.dtype is torch.float64 else weight.float()
 
 
 def _root(square: Tensor) -> Tensor:
@@ -62,22 +67,36 @@ def weight_standardize(
         ValueError: a negative eps, or an unknown variant.
     """
     name = "weight_standardize"
+    call = factors = None
+    if variant == "torch" and isinstance(weight, Tensor) and weight.dim() > 1 and weight.shape[0] > 0:
+        factors = _factors(weight, gain, scaled)
+        call = "standardize", weight, factors, None, None, None, None, eps, scaled
+        y = direct.run(call, None)
+        if y is not None:
+            return y
     gain = _check_weight(name, weight, gain)
     eps, paper = _check_eps(name, eps), _check_variant(name, variant)
     check_flag(name, "scaled", scaled)
     if weight.numel() == 0:
         return weight.clone()
-    scale = RELU_GAIN / math.sqrt(weight[0].numel()) if scaled else 1.0
     if paper:
-        dims = tuple(range(1, weight.dim()))
-        mean, var = (_by_channel(m, weight) for m in moments(weight, dims))
-        factor = scale / (_root(var) + eps)
-        factor = factor if gain is None else factor * _by_channel(gain, weight)
-        return ((weight - mean) * factor).to(weight.dtype)
-    if scaled:
-        gain = torch.full((weight.shape[0],), scale, device=weight.device) if gain is None else gain * scale
+        wide = _wide(weight)
+        mean, var = (_by_channel(m, weight) for m in moments(wide, tuple(range(1, weight.dim()))))
+        factor = 1 / (_root(var) + eps)
+        if (factors := _factors(weight, gain, scaled)) is not None:
+            factor = factor * _by_channel(factors, weight)
+        return ((wide - mean) * factor).to(weight.dtype)
     dense, found = _fit(weight, problem.kernel, eps)
-    return _normalize(weight, dense, found, gain, None, None)[0]
+    return _normalize(weight, dense, found, factors, None, None, call=call)[0]
+
+
+def _factors(weight: Tensor, gain: Tensor | None, scaled: bool) -> Tensor | None:
+    """What each standardized channel is multiplied by, (Cout,)."""
+    scale = RELU_GAIN / math.sqrt(max(math.prod(weight.shape[1:]), 1)) if scaled else 1.0
+    if isinstance(gain, Tensor):
+        gain = gain.reshape(-1)
+        return gain * scale if scaled else gain
+    return torch.full((weight.shape[0],), scale, device=weight.device) if scaled else None
 
 
 def weight_norm(v: Tensor, g: Tensor | None = None, eps: float = 0.0) -> Tensor:
@@ -100,10 +119,11 @@ def weight_norm(v: Tensor, g: Tensor | None = None, eps: float = 0.0) -> Tensor:
         return v.clone()
     size = v[0].numel()
     if eps:
-        mean, var = moments(v, tuple(range(1, v.dim())))
+        wide = _wide(v)
+        mean, var = moments(wide, tuple(range(1, v.dim())))
         factor = 1 / (_root((var + mean.square()) * size) + eps)
         factor = factor if g is None else factor * g
-        return (v * _by_channel(factor, v)).to(v.dtype)
+        return (wide * _by_channel(factor, v)).to(v.dtype)
     share = 1 / math.sqrt(size)
     gain = torch.full((v.shape[0],), share, device=v.device, dtype=torch.float64) if g is None else g.double() * share
     dense, found = _fit(v, problem.kernel, 0.0, True)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORMS = ("batch", "group", "layer", "instance", "rms")
+RESPONSE = "response"  # filter response norm, which torch has no function for
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
     "relu": F.relu,
@@ -80,6 +81,11 @@ class Case:
         return self.shape[-self.dims :] if self.norm in ("layer", "rms") else self.shape[1:2]
 
     @property
+    def second(self) -> bool:
+        """Divided by the root mean square, with no mean taken off."""
+        return self.norm in ("rms", RESPONSE)
+
+    @property
     def given(self) -> bool:
         """The moments come from outside (the running statistics)."""
         return not self.training
@@ -97,7 +103,7 @@ class Case:
         if self.norm in ("layer", "rms"):
             count = math.prod(self.param_shape)
             return x.reshape(self.numel // count if count else math.prod(self.shape[: -self.dims]), count)
-        groups = n * (c if self.norm == "instance" else self.groups)
+        groups = n * (c if self.norm in ("instance", RESPONSE) else self.groups)
         return x.reshape(groups, self.numel // groups if groups else 0)
 
     def ungrouped(self, m: Tensor) -> Tensor:
@@ -216,6 +222,8 @@ def call(case: Case, inputs: Inputs, functions: Any = F, **extra: Any) -> Tensor
         y = functions.group_norm(i.x, case.groups, i.weight, i.bias, case.eps, **extra)
     elif case.norm == "layer":
         y = functions.layer_norm(i.x, case.param_shape, i.weight, i.bias, case.eps, **extra)
+    elif case.norm == RESPONSE:
+        y = functions.filter_response_norm(i.x, i.weight, i.bias, None, case.eps, **extra)
     else:
         y = functions.rms_norm(i.x, case.param_shape, i.weight, case.eps, **extra)
     if not fused:
@@ -256,6 +264,13 @@ SHAPES: dict[str, tuple[tuple[tuple[int, ...], int], ...]] = {
             (3, 5, 7), (1, 65, 49), (2, 3, 2049), (4, 193, 2),
             (2, 3, 5, 7), (1, 8, 16, 16), (3, 49, 3, 3), (1, 1, 28, 28), (2, 10, 1, 2), (2, 64, 7, 7), (5, 5, 8, 5),
             (2, 5, 3, 4, 5), (1, 16, 2, 7, 7), (2, 3, 4, 8, 8),
+        )
+    ),
+    RESPONSE: tuple(
+        (shape, 1)
+        for shape in (
+            (3, 5, 7), (2, 3, 2049), (4, 193, 2), (2, 3, 5, 7), (3, 49, 3, 3), (2, 10, 1, 1), (2, 64, 7, 7),
+            (2, 5, 3, 4, 5),
         )
     ),
     "rms": (
@@ -324,7 +339,7 @@ def pairwise(
 
 def table() -> list[Case]:
     cases: list[Case] = []
-    for norm in NORMS:
+    for norm in (*NORMS, RESPONSE):
         rms = norm == "rms"
         factors: dict[str, tuple[Any, ...]] = {
             "shape": SHAPES[norm],

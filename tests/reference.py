@@ -78,7 +78,7 @@ def forward(case: Case, i: Inputs) -> Forward:
         assert i.running_mean is not None
         assert i.running_var is not None
         mean, var = i.running_mean.double().unsqueeze(1), i.running_var.double().unsqueeze(1)
-    elif case.norm == "rms":
+    elif case.second:
         mean, var = torch.zeros(x.shape[0], 1, dtype=torch.float64), x.square().mean(1, keepdim=True)
     else:
         mean, var = moments(x)
@@ -87,13 +87,13 @@ def forward(case: Case, i: Inputs) -> Forward:
     # Where the scale of xhat is more than |xhat|: the error of the mean. A one-float mean would give k = |mean| * rstd
     # here and the error would grow with the offset. The mean is two floats that were summed around a shift, so its
     # error is in proportion to the spread of the group: 1 standard deviation. No k, at any offset.
-    xhat_scale = xhat.abs() + (0 if case.given or case.norm == "rms" else var.sqrt() * rstd)
+    xhat_scale = xhat.abs() + (0 if case.given or case.second else var.sqrt() * rstd)
     rstd_scale = torch.ones_like(var)
     if case.dtype == "float64" and x.shape[1]:
         # Nobody promises float64 at more than float64. The saved mean and those that are merged are one float64: their
         # last place counts (k). Sums are around one of the values: if that is an outlier, its xhat^2 magnifies them.
         k = mean.abs() * rstd
-        outlier = 0 if case.given or case.norm == "rms" else xhat.abs().amax(1, keepdim=True)
+        outlier = 0 if case.given or case.second else xhat.abs().amax(1, keepdim=True)
         rstd_scale = rstd_scale + k + outlier**2
         xhat_scale = xhat_scale + k + outlier + xhat.abs() * rstd_scale
     xhat, xhat_scale = case.ungrouped(xhat), case.ungrouped(xhat_scale.expand_as(x))
@@ -147,7 +147,7 @@ def expected(case: Case, i: Inputs) -> dict[str, Expected]:
         c1, c1_scale = (g * xhat).mean(1, keepdim=True), (g_scale * xhat_scale).mean(1, keepdim=True)
         dx = dx - xhat * c1
         scale = scale + xhat.abs() * c1_scale + xhat_scale * c1.abs()
-        if case.norm != "rms":
+        if not case.second:
             dx = dx - g.mean(1, keepdim=True)
             scale = scale + g_scale.mean(1, keepdim=True)
         scale = scale + dx.abs() * f.rstd_scale

@@ -49,8 +49,10 @@ def test_error_is_flat_in_the_offset(backend: Setup, norm: str, layout: str) -> 
         for name in ("y", "dx", "dweight", "dbias"):
             if name in want:
                 error = relative_error(got[name].cpu(), want[name].value)
-                # A gradient of six numbers may be luckier at 0 than a rounding of each.
-                limit = 2 * max(base.setdefault(name, error), 2**-23)
+                # A gradient of six numbers, in the float32 sums of the GPU kernels, may be luckier at 0 than a
+                # rounding of each.
+                lucky = name in ("dweight", "dbias") and (backend.simulated or backend.device != "cpu")
+                limit = 2 * base.setdefault(name, error) + (2**-22 if lucky else 1e-8)
                 assert error <= limit, f"{name} at offset {offset}: {error:.2e}, at 0: {base[name]:.2e}"
                 assert base[name] <= 3e-7
 

@@ -165,6 +165,29 @@ def test_autocast_as_torchs_registry_has_it(autocast_on_cuda: None, dtype: torch
             assert (y.dtype, total.dtype) == (torch.float32, dtype)
 
 
+def test_keep_half_casts_nothing(autocast_on_cuda: None) -> None:
+    """And nests, ends with an error, and leaves a graph that was compiled outside of it."""
+
+    def dtypes(x: Tensor) -> list[torch.dtype]:
+        calls = (normkern.group_norm(x, 2), normkern.layer_norm(x, (4,), x.new_ones(4)), normkern.rms_norm(x, (4,)))
+        return [y.dtype for y in calls]
+
+    with FakeTensorMode():
+        x = torch.empty(2, 6, 4, device="cuda", dtype=torch.bfloat16)
+        with normkern.keep_half():
+            with pytest.raises(KeyError), normkern.keep_half():
+                raise KeyError
+            assert dtypes(x) == [torch.bfloat16] * 3
+        assert dtypes(x) == [torch.float32] * 3
+        seen = []
+        compiled = torch.compile(lambda x: seen.append(1) or normkern.layer_norm(x, (4,)), backend="eager")
+        assert compiled(x).dtype == torch.float32
+        with normkern.keep_half():
+            assert compiled(x).dtype == torch.bfloat16
+            y, total = normkern.add_rms_norm(x, x, (4,))
+            assert (y.dtype, total.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
 def test_autocast_on_the_cpu_casts_nothing() -> None:
     x = torch.randn(2, 6, 4, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

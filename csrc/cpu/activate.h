@@ -18,19 +18,13 @@ struct Normal {
 };
 
 NK_INLINE Normal normal_lanes(Floats z) {
-  const Floats zero = fill(0.0f), t = where_less(z, zero, zero - z, z) * fill(0.707106781f);
+  const Floats zero = fill(0.0f), t = largest(z, zero - z) * fill(0.707106781f);
   const Floats density = exp_lanes(fill(-0.5f) * z * z), inverse = fill(1.0f) / (t + fill(3.0f));
-  const Floats s = fill(1.0f) - fill(6.0f) * inverse;
-  Floats p = fill(-0.000322898558806628f);
-  p = p * s + fill(-0.0004785163328051567f);
-  p = p * s + fill(0.003081245580688119f);
-  p = p * s + fill(-0.0012289189035072923f);
-  p = p * s + fill(-0.02684074454009533f);
-  p = p * s + fill(0.11952950060367584f);
-  p = p * s + fill(-0.31046587228775024f);
-  p = p * s + fill(0.590228259563446f);
-  p = p * s + fill(-0.8833944797515869f);
-  p = p * s + fill(1.0740069150924683f);
+  const Floats s = fma(fill(-6.0f), inverse, fill(1.0f));
+  const Floats p =
+      polynomial<10>(s, {1.0740069150924683f, -0.8833944797515869f, 0.590228259563446f, -0.31046587228775024f,
+                         0.11952950060367584f, -0.02684074454009533f, -0.0012289189035072923f, 0.003081245580688119f,
+                         -0.0004785163328051567f, -0.000322898558806628f});
   const Floats tail = fill(0.5f) * density * p * inverse;
   return {where_less(z, zero, tail, fill(1.0f) - tail), density * fill(0.398942280f)};
 }
@@ -54,11 +48,11 @@ __attribute__((noinline)) Floats activate_slope(Act act, Floats z) {
     case Act::relu: return where_at_most(z, zero, zero, one);
     case Act::silu: {
       const Floats s = one / (one + exp_lanes(zero - z));
-      return s * (one + z * (one - s));
+      return s * fma(z, one - s, one);
     }
     case Act::gelu: {
       const Normal n = normal_lanes(z);
-      return n.distribution + z * n.density;
+      return fma(z, n.density, n.distribution);
     }
     case Act::leaky_relu: return where_at_most(z, zero, fill(0.01f), one);
   }

@@ -9,7 +9,8 @@
 namespace normkern::cpu {
 namespace {
 
-constexpr int64_t kWideRow = 1 << 15;  // elements; shares of longer rows of weights would leave the cache
+constexpr int64_t kKeptBytes = 1 << 23;  // of dz, for one task
+constexpr int64_t kWideRow = 1 << 15;    // elements; shares of longer rows of weights would leave the cache
 
 template <class A>
 class Backward {
@@ -32,7 +33,9 @@ class Backward {
                   bias_.data(),
                   p.act,
                   l.by_line,
-                  l.stats.numel() * size_of(p.dtype) >= kStreamBytes},
+                  l.stats.numel() * size_of(p.dtype) >= kStreamBytes,
+                  0,
+                  nullptr},
         wants_weights_(a.dweight.data || a.dbias.data),
         wants_sums_(a.dx && p.moments != Moments::given) {}
 
@@ -61,10 +64,16 @@ class Backward {
 
   void fused(int64_t wanted, const Tiles& tiles) {
     const int64_t entries = tiles.most_entries();
+    elements_.ahead = tiles.pitch();
     Workspace all(wanted, tiles.keeps, entries);
     Centers<A> centers(l_, wanted * entries);
     shares_.resize(wanted);
+    // dz of a tile, where it takes an exponential that need not be computed twice.
+    const bool costly = (p_.act == Act::silu || p_.act == Act::gelu) && wants_sums_;
+    const int64_t elements = tiles.keeps * l_.stats.count();
+    const bool keeps = costly && elements * int64_t(sizeof(A)) <= kKeptBytes;
     parallel(threads_, wanted, [&](int64_t task) {
+      const Buffer<A> kept = buffer<A>(keeps ? elements : 0);
       const int64_t begin = Grid::cut(tiles.count(), wanted, task), end = Grid::cut(tiles.count(), wanted, task + 1);
       const Box boxes = tiles.boxes(begin, end);
       open_box(shares_[task], boxes, tiles.box(end - 1).b - boxes.b + 1);
@@ -77,9 +86,9 @@ class Backward {
           sum_and_slope(box, center, w, shares_[task]);
           continue;
         }
-        sum(box, center, w, shares_[task]);
+        sum(box, center, w, shares_[task], keeps ? kept.get() : nullptr);
         finish(box, center, w.sums, w);
-        slope(box, center, w);
+        slope(box, center, w, keeps ? kept.get() : nullptr);
       }
     });
   }
@@ -172,14 +181,9 @@ class Backward {
   }
 
   void read_moments(const Box& box, int64_t first, Centers<A>& centers) const {
-    const auto read = [](Param param, int64_t i) {
-      double value = 0;
-      with_type(param.dtype, [&](auto type) { value = to_double(static_cast<const decltype(type)*>(param.data)[i]); });
-      return value;
-    };
     centers.set(l_, box, p_.eps, first, elements(box), [&](int64_t k) {
       const int64_t group = box.b * l_.stats.keep + box.k0 + k;
-      return Spread{1, p_.moments == Moments::second ? 0 : read(a_.mean, group), read(a_.var, group)};
+      return Spread{1, p_.moments == Moments::second ? 0 : element(a_.mean, group), element(a_.var, group)};
     });
   }
 
@@ -261,20 +265,14 @@ class Backward {
 
   // ---- the two sweeps over a box ----
 
-  Elements<A> elements(const Box& box) const {
-    Elements<A> e = elements_;
-    if (l_.columns) {
-      e.weight += l_.first_weight(box);
-      e.bias += l_.first_weight(box);
-    }
-    return e;
-  }
+  Elements<A> elements(const Box& box) const { return at_box(elements_, l_, box); }
 
-  void sum(const Box& box, Center<A> center, const Scratch& w, const Share& share) const {
+  void sum(const Box& box, Center<A> center, const Scratch& w, const Share& share, A* kept = nullptr) const {
     const int64_t n = l_.entries_of(box), groups = box.groups();
     std::fill_n(w.first, n, 0.0);
     std::fill_n(w.second, n, 0.0);
-    const Elements<A> e = elements(box);
+    Elements<A> e = elements(box);
+    e.kept = kept;
     if (!l_.columns) {
       const BackwardSums s = {wants_sums_ ? w.first : nullptr, w.second, share.dbias.get(), share.dweight.get(),
                               share.first};
@@ -327,9 +325,10 @@ class Backward {
     }
   }
 
-  void slope(const Box& box, const Center<A>& center, const Scratch& w) const {
+  void slope(const Box& box, const Center<A>& center, const Scratch& w, A* kept = nullptr) const {
     if (!a_.dx && !a_.dresidual) return;
     Elements<A> e = elements(box);
+    e.kept = kept;
     if (zeros_) {
       e.x = a_.dy;
       e.residual = nullptr;

@@ -40,8 +40,8 @@ template <class A>
 void run(const EvolvedLoops<A>& loops, const EvolvedArgs& a, const Threads& threads) {
   Domain d = simplify(a.domain);
   if (d.rows == 1 && d.cols == 1) d = {1, 1, d.batch * d.keep, 1};  // an instance is one element
-  const EvolvedJob<A> job = {a.x,     a.dy,   a.out,  static_cast<const A*>(a.rows), a.sums,
-                             d.batch, d.rows, d.keep, d.cols,                        d.groups()};
+  const EvolvedJob<A> job = {a.x,    a.dy,   a.out,     static_cast<const A*>(a.rows), a.sums, d.batch, d.rows,
+                             d.keep, d.cols, d.groups()};
   const int64_t wanted = std::max<int64_t>(1, std::min(threads.count, d.numel() / kGrain));
   if (d.cols > 1) {
     const int64_t tasks = std::min(wanted, d.groups());
@@ -59,8 +59,7 @@ void run(const EvolvedLoops<A>& loops, const EvolvedArgs& a, const Threads& thre
   if (!a.sums) {
     const auto loop = a.dy ? loops.slope_lines : loops.map_lines;
     return parallel(threads, tasks, [&](int64_t i) {
-      for_parts(i,
-                [&](int64_t b, int64_t part) { loop(job, b, d.rows * part / parts, d.rows * (part + 1) / parts); });
+      for_parts(i, [&](int64_t b, int64_t part) { loop(job, b, d.rows * part / parts, d.rows * (part + 1) / parts); });
     });
   }
   const int64_t sums = sums_of(a.kind), groups = d.groups();

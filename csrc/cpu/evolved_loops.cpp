@@ -176,8 +176,8 @@ void sum_lines(const EvolvedJob<A>& shared, int64_t batch, int64_t begin, int64_
       for (int k = 0; k < Kind::kSums; ++k) sums[k] = fill(A(0));
       for (int64_t l = 0; l < lines; ++l) {
         const int64_t e = (batch * job.rows + line + l) * job.keep + j;
-        Kind::sum(load_some<A>(static_cast<const T*>(job.x) + e, n),
-                  load_some<A>(static_cast<const T*>(job.dy) + e, n), c, sums);
+        Kind::sum(load_some<A>(static_cast<const T*>(job.x) + e, n), load_some<A>(static_cast<const T*>(job.dy) + e, n),
+                  c, sums);
       }
       for (int k = 0; k < Kind::kSums; ++k) {
         double* at = to + k * pitch + j;
@@ -197,8 +197,8 @@ constexpr EvolvedLoops<A> loops() {
 
 extern const EvolvedTable kEvolvedTable;
 const EvolvedTable kEvolvedTable = {{loops<S0, double, double>(), loops<B0, double, double>()},
-                                        {loops<S0, float, float>(), loops<B0, float, float>()},
-                                        {loops<S0, f16, float>(), loops<B0, f16, float>()},
-                                        {loops<S0, bf16, float>(), loops<B0, bf16, float>()}};
+                                    {loops<S0, float, float>(), loops<B0, float, float>()},
+                                    {loops<S0, f16, float>(), loops<B0, f16, float>()},
+                                    {loops<S0, bf16, float>(), loops<B0, bf16, float>()}};
 
 }  // namespace normkern::cpu::NK_ISA

@@ -8,12 +8,6 @@
 namespace normkern::cpu {
 namespace {
 
-double element(const void* x, DType dtype, int64_t e) {
-  double v = 0;
-  with_type(dtype, [&](auto type) { v = to_double(static_cast<const decltype(type)*>(x)[e]); });
-  return v;
-}
-
 // The moments of a box: its shifted sums folded into one Spread per group. For second moments the mean is 0.
 template <class A>
 class BoxMoments {
@@ -77,7 +71,7 @@ class BoxMoments {
     ShiftedSums<double> exact = {scratch.exact.get(), scratch.exact.get() + n, sum, sum + n};
     for (int64_t k = 0; k < groups; ++k) {
       double shift = found[k].mean;
-      if (!std::isfinite(shift)) shift = element(x_, dtype_, first_of(part, k));
+      if (!std::isfinite(shift)) shift = element({x_, dtype_}, first_of(part, k));
       for (int64_t j = k * cols; j < (k + 1) * cols; ++j) exact.shift[j] = shift;
     }
     for (int64_t j = groups * cols; j < n; ++j) exact.shift[j] = exact.shift[j - groups * cols];
@@ -164,7 +158,7 @@ class Forward {
       const Box box = l_.whole(b);
       centers.set(l_, box, p_.eps, b * l_.entries_of_batch(), elements(box), [&](int64_t k) {
         const int64_t group = b * l_.stats.keep + k;
-        return Spread{1, element(a_.mean.data, a_.mean.dtype, group), element(a_.var.data, a_.var.dtype, group)};
+        return Spread{1, element(a_.mean, group), element(a_.var, group)};
       });
     }
     map_all(Grid(l_, wanted, false), centers);
@@ -172,6 +166,7 @@ class Forward {
 
   void fused(int64_t wanted, const Tiles& tiles) {
     const int64_t entries = tiles.most_entries();
+    elements_.ahead = tiles.pitch();
     const auto spreads = buffer<Spread>(wanted * tiles.keeps);
     Centers<A> centers(l_, wanted * entries);
     parallel(threads_, wanted, [&](int64_t task) {
@@ -244,14 +239,7 @@ class Forward {
     });
   }
 
-  Elements<A> elements(const Box& box) const {
-    Elements<A> e = elements_;
-    if (l_.columns) {
-      e.weight += l_.first_weight(box);
-      e.bias += l_.first_weight(box);
-    }
-    return e;
-  }
+  Elements<A> elements(const Box& box) const { return at_box(elements_, l_, box); }
 
   void map(const Box& box, Center<A> center) const {
     if (l_.columns) return kernels_.map_columns(elements(box), l_.lines(box), center);

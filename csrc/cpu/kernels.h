@@ -18,6 +18,7 @@ struct Runs {
 // arrays.
 struct Columns {
   int64_t first, width, lines, stride, tail;
+  bool far;  // too many for the caches
 };
 
 // Where an element finds its weight: lines of `runs` runs of `length` elements; `rows` lines make a slice. An entry is
@@ -49,8 +50,10 @@ struct Elements {
   void *y, *dx, *dresidual;
   const A *weight, *bias;  // by Lookup for runs; [lines] for columns if by_line, else in Center
   Act act;
-  bool by_line;  // columns: weights change from line to line, not along it
-  bool stream;   // results are too large to be found in a cache again
+  bool by_line;   // columns: weights change from line to line, not along it
+  bool stream;    // results are too large to be found in a cache again
+  int64_t ahead;  // runs: elements from a tile to the next one, if x is walked in tiles
+  A* kept;        // backward, or null: dz of every element in the order of the walk, from the sums to the slope
 };
 
 // Sums over statistics groups of g and g*xhat, and over weights of dz and dz*xhat; either pair may be null. All add

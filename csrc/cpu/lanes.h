@@ -1,4 +1,5 @@
-// lanes.h: a few elements in vector registers, and their way from and to memory. Included by norm.cpp alone.
+// lanes.h: a few elements in vector registers, and their way from and to memory. Included by the files that are
+// compiled once per instruction set.
 //
 // A Pack is kLanes elements whatever they are computed in, so a float64 pack takes two registers. The vector types are
 // GCC's and Clang's own, as wide as the instruction set the file is compiled for; everything is internal and inlined.
@@ -12,6 +13,7 @@
 #pragma GCC diagnostic push
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
@@ -153,6 +155,27 @@ template <class A>
 NK_INLINE Pack<A> where_at_most(Pack<A> a, Pack<A> b, Pack<A> yes, Pack<A> no) {
   for (int i = 0; i < Pack<A>::kParts; ++i) no.part[i] = a.part[i] <= b.part[i] ? yes.part[i] : no.part[i];
   return no;
+}
+
+// The larger (the smaller) of two, or b where either is NaN.
+NK_INLINE Pack<float> largest(Pack<float> a, Pack<float> b) {
+#if defined(__AVX512F__)
+  return {bit_cast<Pack<float>::V>(_mm512_max_ps(bit_cast<__m512>(a.part[0]), bit_cast<__m512>(b.part[0])))};
+#elif defined(__AVX__)
+  return {bit_cast<Pack<float>::V>(_mm256_max_ps(bit_cast<__m256>(a.part[0]), bit_cast<__m256>(b.part[0])))};
+#else
+  return where_less(b, a, a, b);
+#endif
+}
+
+NK_INLINE Pack<float> smallest(Pack<float> a, Pack<float> b) {
+#if defined(__AVX512F__)
+  return {bit_cast<Pack<float>::V>(_mm512_min_ps(bit_cast<__m512>(a.part[0]), bit_cast<__m512>(b.part[0])))};
+#elif defined(__AVX__)
+  return {bit_cast<Pack<float>::V>(_mm256_min_ps(bit_cast<__m256>(a.part[0]), bit_cast<__m256>(b.part[0])))};
+#else
+  return where_less(a, b, a, b);
+#endif
 }
 
 // ---- N storage elements to and from N floats ----

@@ -24,6 +24,7 @@ constexpr int64_t kMinLine = 64;           // shorter lines are repeated into on
 constexpr int64_t kMaxColumns = 4096;      // columns of a box: their vectors stay in the L2 cache
 constexpr int64_t kMaxSum = 1 << 16;       // elements of one shifted sum (sums.h)
 constexpr int64_t kTileBytes = 1 << 17;    // of x, or of x and dy, that one task walks twice at a time
+constexpr int64_t kFarBytes = 1 << 20;     // larger ones are not in the L2 cache
 constexpr int64_t kStreamBytes = 1 << 24;  // larger results go past the caches
 constexpr int64_t kGrain = 1 << 14;        // elements that are worth a thread
 
@@ -65,6 +66,7 @@ struct Layout {
   int64_t tail = 0;      // columns: elements after the last whole line
   Lookup lookup{};       // runs: where weights are
   int64_t entries = 0;   // weights in the form that kernels read
+  bool far = false;      // x comes from memory
 
   Layout(const Problem& p, bool has_affine);
 
@@ -93,13 +95,14 @@ struct Layout {
   }
   Columns lines(const Box& x) const {
     const bool last = x.r1 == rows;
-    return {x.b * slice() + x.r0 * width + x.k0 * stats.cols, entries_of(x), x.r1 - x.r0, width, last ? tail : 0};
+    return {x.b * slice() + x.r0 * width + x.k0 * stats.cols, entries_of(x), x.r1 - x.r0, width, last ? tail : 0, far};
   }
 };
 
 inline Layout::Layout(const Problem& p, bool has_affine) : stats(simplify(p.stats)), affine(simplify(p.affine)) {
   if (stats.rows == 1) stats = {1, 1, stats.batch, stats.cols};
   line = stats.keep * stats.cols;
+  far = p.stats.numel() * size_of(p.dtype) >= kFarBytes;
   const bool same_line =
       affine.batch == 1 && affine.rows > 1 && affine.keep * affine.cols == line && stats.cols % affine.cols == 0;
   const int64_t period = affine.rows == 1 ? affine.numel() : affine.keep * affine.cols;
@@ -209,6 +212,8 @@ struct Tiles {
     return x;
   }
   int64_t most_entries() const { return layout.columns ? layout.width : keeps; }
+  // Elements from a tile to the next one.
+  int64_t pitch() const { return layout.columns || per_batch == 1 ? 0 : keeps * layout.stats.cols; }
 };
 
 inline int64_t wanted_tasks(int64_t numel, const Threads& threads) {
@@ -235,6 +240,12 @@ inline void from_double(double v, float& to) { to = float(v); }
 inline void from_double(double v, double& to) { to = v; }
 inline void from_double(double v, f16& to) { to = to_f16(v); }
 inline void from_double(double v, bf16& to) { to = to_bf16(v); }
+
+inline double element(Param from, int64_t i) {
+  double v = 0;
+  with_type(from.dtype, [&](auto type) { v = to_double(static_cast<const decltype(type)*>(from.data)[i]); });
+  return v;
+}
 
 template <class A>
 constexpr DType kDTypeOf = sizeof(A) == 8 ? DType::f64 : DType::f32;
@@ -276,6 +287,16 @@ class Expanded {
   Buffer<A> owned_;
   const A* data_ = nullptr;
 };
+
+// The elements as the loops over a box take them: with columns, weights begin at its first entry.
+template <class A>
+Elements<A> at_box(Elements<A> e, const Layout& l, const Box& box) {
+  if (l.columns) {
+    e.weight += l.first_weight(box);
+    e.bias += l.first_weight(box);
+  }
+  return e;
+}
 
 // Vectors that say how x is normalized, with an entry per group or per column.
 template <class A>

@@ -55,10 +55,12 @@ struct Cursor {
   }
 };
 
-// Calls body(e, n, run, entry) for the pieces of the runs that share an entry or have consecutive ones.
+// Calls body(e, n, run, entry, place) for the pieces of the runs that share an entry or have consecutive ones; `place`
+// elements were walked before.
 template <class Body>
 NK_INLINE void for_pieces(const Runs& r, const Lookup& lookup, Body body) {
   Cursor cursor(lookup);
+  int64_t place = 0;
   for (int64_t line = 0; line < r.lines; ++line) {
     for (int64_t run = 0; run < r.count; ++run) {
       int64_t e = r.first + line * r.stride + run * r.pitch;
@@ -66,9 +68,10 @@ NK_INLINE void for_pieces(const Runs& r, const Lookup& lookup, Body body) {
       cursor.seek(e);
       while (e < end) {
         const int64_t n = cursor.left < end - e ? cursor.left : end - e;
-        body(e, n, run, cursor.entry);
+        body(e, n, run, cursor.entry, place);
         cursor.advance(n);
         e += n;
+        place += n;
       }
     }
   }
@@ -109,16 +112,22 @@ NK_INLINE void put(T* p, Pack<A> v, int64_t n, Stream) {
     store_some(p, v, n);
 }
 
+// What streams has left the caches: the next tile comes while this one goes.
+template <class Stream, class T>
+NK_INLINE void fetch(const T* p, int64_t ahead, Stream) {
+  if constexpr (Stream::value) __builtin_prefetch(p + ahead);
+}
+
 // ---- what follows the affine step ----
 
 enum class Tail { none, relu, any };
 
-// Calls loop(tail) with the Tail of the elements as a constant.
 template <Tail kTail>
 struct TailOf {
   static constexpr Tail value = kTail;
 };
 
+// Calls loop(tail) with the Tail of the elements as a constant.
 template <class A, class Loop>
 NK_INLINE void with_tail(const Elements<A>& a, Loop loop) {
   if constexpr (sizeof(A) == 4) {
@@ -136,7 +145,7 @@ NK_INLINE Pack<A> finish(const Elements<A>& a, int64_t e, int64_t n, Pack<A> z) 
   return a.act == Act::none ? z : activate(a.act, z);
 }
 
-// dz: the gradient of what enters the activation; z is made only where it is needed.
+// dz: the gradient of what enters the activation; z is made only where it is needed. The sums keep what is costly.
 template <Tail kTail, class T, class A, class Z>
 NK_INLINE Pack<A> dz_of(const Elements<A>& a, int64_t e, int64_t n, Pack<A> dy, Z make_z) {
   if constexpr (kTail == Tail::none) return dy;
@@ -145,6 +154,18 @@ NK_INLINE Pack<A> dz_of(const Elements<A>& a, int64_t e, int64_t n, Pack<A> dy, 
   if (a.residual) z = z + load_some<A>(static_cast<const T*>(a.residual) + e, n);
   if constexpr (kTail == Tail::relu) return where_at_most(z, fill(A(0)), fill(A(0)), dy);
   return dy * activate_slope(a.act, z);
+}
+
+template <Tail kTail, class A>
+NK_INLINE Pack<A> keep(const Elements<A>& a, int64_t place, int64_t n, Pack<A> dz) {
+  if (kTail == Tail::any && a.kept) store_some(a.kept + place, dz, n);
+  return dz;
+}
+
+template <Tail kTail, class T, class A, class Z>
+NK_INLINE Pack<A> dz_again(const Elements<A>& a, int64_t e, int64_t place, int64_t n, Z make_z) {
+  if (kTail == Tail::any && a.kept) return load_some<A>(a.kept + place, n);
+  return dz_of<kTail, T>(a, e, n, load_some<A>(static_cast<const T*>(a.dy) + e, n), make_z);
 }
 
 // Every function copies its Elements: the compiler then knows that no store changes them.
@@ -166,13 +187,14 @@ void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, 
   const Elements<A> a = elements;
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
-    for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
+    for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry, int64_t) NK_INLINED {
       const T* x = static_cast<const T*>(a.x) + e;
       T* y = static_cast<T*>(a.y) + e;
       if (lookup.by_element) {
         const auto xhat = Normalize<A>::of(center, run);
         const A *weight = a.weight + entry, *bias = a.bias + entry;
         for_packs(y, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
           const Pack<A> z = fma(xhat(load_some<A>(x + i, m)), load_some<A>(weight + i, m), load_some<A>(bias + i, m));
           put(y + i, finish<kTail, T>(a, e + i, m, z), m, stream);
         });
@@ -181,6 +203,7 @@ void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, 
         const Pack<A> mean = fill(center.mean[run]), scale = fill(factor),
                       shift = fill(a.bias[entry] - center.low[run] * factor);
         for_packs(y, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
           const Pack<A> z = fma(load_some<A>(x + i, m) - mean, scale, shift);
           put(y + i, finish<kTail, T>(a, e + i, m, z), m, stream);
         });
@@ -229,7 +252,7 @@ void map_columns(const Elements<A>& elements, const Columns& c, Center<A> center
 // Pieces with one weight: sums of dz and dz*xhat.
 template <Tail kTail, class T, class A>
 NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int64_t n, int64_t run, int64_t entry,
-                         double& all, double& all_xhat) {
+                         int64_t place, double& all, double& all_xhat) {
   const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
   const A factor = center.rstd[run] * a.weight[entry];
   const Pack<A> mean = fill(center.mean[run]), rstd = fill(center.rstd[run]), scale = fill(factor),
@@ -246,17 +269,15 @@ NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int6
         n - start < kBlock<A> ? n - start : kBlock<A>, sums,
         [&](int64_t i, Pack<A>* to) NK_INLINED {
           const Pack<A> xs = load<A>(from + i);
-          use(xs,
-              dz_of<kTail, T>(a, e + start + i, kLanes, load<A>(dfrom + i),
-                              [&]() NK_INLINED { return fma(xs - mean, scale, shift); }),
-              to);
+          const Pack<A> dz = dz_of<kTail, T>(a, e + start + i, kLanes, load<A>(dfrom + i),
+                                             [&]() NK_INLINED { return fma(xs - mean, scale, shift); });
+          use(xs, keep<kTail>(a, place + start + i, kLanes, dz), to);
         },
         [&](int64_t m, int64_t left, Pack<A>* to) NK_INLINED {
           const Pack<A> xs = load<A>(from + m - left, left);
-          use(xs,
-              dz_of<kTail, T>(a, e + start + m - left, left, load<A>(dfrom + m - left, left),
-                              [&]() NK_INLINED { return fma(xs - mean, scale, shift); }),
-              to);
+          const Pack<A> dz = dz_of<kTail, T>(a, e + start + m - left, left, load<A>(dfrom + m - left, left),
+                                             [&]() NK_INLINED { return fma(xs - mean, scale, shift); });
+          use(xs, keep<kTail>(a, place + start + m - left, left, dz), to);
         });
     sum = sum + convert<double>(sums[0]);
     sum_xhat = sum_xhat + convert<double>(sums[1]);
@@ -268,7 +289,7 @@ NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int6
 // kRows runs that lie `pitch` apart and have the same weights, element by element.
 template <int kRows, Tail kTail, class T, class A>
 NK_INLINE void sum_rows(const Elements<A>& a, Center<A> center, int64_t e, int64_t pitch, int64_t n, int64_t run,
-                        int64_t entry, const BackwardSums& s) {
+                        int64_t entry, int64_t place, const BackwardSums& s) {
   const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
   const A *weight = a.weight + entry, *bias = a.bias + entry;
   double* dbias = s.dweight ? s.dbias + (entry - s.origin) : nullptr;
@@ -285,12 +306,10 @@ NK_INLINE void sum_rows(const Elements<A>& a, Center<A> center, int64_t e, int64
       Pack<A> sum = fill(A(0)), sum_xhat = sum;
 #pragma GCC unroll 4
       for (int k = 0; k < kRows; ++k) {
-        // Rows of a page or less come too fast for the hardware to look ahead.
-        if (kRows > 1) __builtin_prefetch(x + (k + kRows) * pitch + i);
-        if (kRows > 1) __builtin_prefetch(dy + (k + kRows) * pitch + i);
         const Pack<A> xhat = normalize[k](load_some<A>(x + k * pitch + i, m));
         const Pack<A> dz = dz_of<kTail, T>(a, e + k * pitch + i, m, load_some<A>(dy + k * pitch + i, m),
                                            [&]() NK_INLINED { return fma(xhat, w, load_some<A>(bias + i, m)); });
+        keep<kTail>(a, place + k * n + i, m, dz);
         const Pack<A> scaled = dz * w;
         sum = sum + dz;
         sum_xhat = fma(dz, xhat, sum_xhat);
@@ -321,9 +340,9 @@ void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup,
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
     if (!lookup.by_element) {
-      return for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
+      return for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry, int64_t place) NK_INLINED {
         double all, all_xhat;
-        sum_piece<kTail, T>(a, center, e, n, run, entry, all, all_xhat);
+        sum_piece<kTail, T>(a, center, e, n, run, entry, place, all, all_xhat);
         const double w = a.weight[entry];
         if (s.g) {
           s.g[run] += w * all;
@@ -339,11 +358,11 @@ void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup,
     Cursor cursor(lookup);
     for (int64_t line = 0; line < r.lines; ++line) {
       for (int64_t run = 0; run < r.count;) {
-        int64_t e = r.first + line * r.stride + run * r.pitch;
+        int64_t e = r.first + line * r.stride + run * r.pitch, place = (line * r.count + run) * r.length;
         cursor.seek(e);
         if (run + kRows <= r.count && r.pitch == lookup.length && cursor.left >= r.length &&
             cursor.row + kRows <= lookup.rows) {
-          sum_rows<kRows, kTail, T>(a, center, e, r.pitch, r.length, run, cursor.entry, s);
+          sum_rows<kRows, kTail, T>(a, center, e, r.pitch, r.length, run, cursor.entry, place, s);
           cursor.next_rows(kRows);
           cursor.at += kRows * r.pitch;
           run += kRows;
@@ -351,9 +370,10 @@ void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup,
         }
         for (const int64_t end = e + r.length; e < end;) {
           const int64_t n = cursor.left < end - e ? cursor.left : end - e;
-          sum_rows<1, kTail, T>(a, center, e, 0, n, run, cursor.entry, s);
+          sum_rows<1, kTail, T>(a, center, e, 0, n, run, cursor.entry, place, s);
           cursor.advance(n);
           e += n;
+          place += n;
         }
         ++run;
       }
@@ -374,6 +394,7 @@ void sums_lines(const Elements<A>& elements, const Columns& c, Center<A> center,
                                load_some<A>(center.scale + j, n), load_some<A>(center.shift + j, n));
       const Pack<A> dz = dz_of<Tail::any, T>(a, e, n, load_some<A>(static_cast<const T*>(a.dy) + e, n),
                                              [&]() NK_INLINED { return fma(xhat, weight, bias); });
+      keep<Tail::any>(a, e - c.first, n, dz);
       const Doubles wide = convert<double>(dz), wide_xhat = convert<double>(xhat), g = convert<double>(dz * weight);
       all = all + wide;
       all_xhat = fma(wide, wide_xhat, all_xhat);
@@ -395,6 +416,8 @@ void sums_columns(const Elements<A>& elements, const Columns& c, Center<A> cente
     constexpr Tail kTail = decltype(tail)::value;
     constexpr int kStep = 8;
     for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
+      fetch_strip<kStep>(static_cast<const T*>(a.x) + e, j, c);
+      fetch_strip<kStep>(static_cast<const T*>(a.dy) + e, j, c);
       const Pack<A> mean = load_some<A>(center.mean + j, n), rstd = load_some<A>(center.rstd + j, n);
       Pack<A> sum = fill(A(0)), sum_xhat = sum;
       const auto step = [&](int64_t line) NK_INLINED {
@@ -403,6 +426,7 @@ void sums_columns(const Elements<A>& elements, const Columns& c, Center<A> cente
         const Pack<A> dz = dz_of<kTail, T>(
             a, at, n, load_some<A>(static_cast<const T*>(a.dy) + at, n),
             [&]() NK_INLINED { return fma(d, load_some<A>(center.scale + j, n), load_some<A>(center.shift + j, n)); });
+        keep<kTail>(a, at - c.first, n, dz);
         sum = sum + dz;
         sum_xhat = fma(dz, d * rstd, sum_xhat);
       };
@@ -425,8 +449,8 @@ void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup
   const Elements<A> a = elements;
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
-    for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry) NK_INLINED {
-      const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+    for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry, int64_t place) NK_INLINED {
+      const T* x = static_cast<const T*>(a.x) + e;
       T *dx = static_cast<T*>(a.dx) + e, *dresidual = static_cast<T*>(a.dresidual) + e;
       const Pack<A> mean = fill(center.mean[run]), rstd = fill(center.rstd[run]), slope = fill(slopes.slope[run]),
                     offset = fill(slopes.offset[run]);
@@ -440,18 +464,22 @@ void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup
         const auto xhat = Normalize<A>::of(center, run);
         const A *weight = a.weight + entry, *bias = a.bias + entry;
         for_packs(to, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
+          fetch(static_cast<const T*>(a.dy) + e + i, a.ahead, stream);
           const Pack<A> xs = load_some<A>(x + i, m), w = load_some<A>(weight + i, m);
-          const Pack<A> dz = dz_of<kTail, T>(a, e + i, m, load_some<A>(dy + i, m),
-                                             [&]() NK_INLINED { return fma(xhat(xs), w, load_some<A>(bias + i, m)); });
+          const Pack<A> dz = dz_again<kTail, T>(
+              a, e + i, place + i, m, [&]() NK_INLINED { return fma(xhat(xs), w, load_some<A>(bias + i, m)); });
           write(i, m, xs - mean, dz, w * rstd, stream);
         });
       } else {
         const A factor = center.rstd[run] * a.weight[entry];
         const Pack<A> scale = fill(factor), shift = fill(a.bias[entry] - center.low[run] * factor);
         for_packs(to, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
+          fetch(static_cast<const T*>(a.dy) + e + i, a.ahead, stream);
           const Pack<A> d = load_some<A>(x + i, m) - mean;
           const Pack<A> dz =
-              dz_of<kTail, T>(a, e + i, m, load_some<A>(dy + i, m), [&]() NK_INLINED { return fma(d, scale, shift); });
+              dz_again<kTail, T>(a, e + i, place + i, m, [&]() NK_INLINED { return fma(d, scale, shift); });
           write(i, m, d, dz, scale, stream);
         });
       }
@@ -466,13 +494,13 @@ void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> cent
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
     for_lines(c, [&](int64_t line, int64_t e, int64_t width) NK_INLINED {
-      const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+      const T* x = static_cast<const T*>(a.x) + e;
       T *dx = static_cast<T*>(a.dx) + e, *dresidual = static_cast<T*>(a.dresidual) + e;
       const Pack<A> weight = fill(a.by_line ? a.weight[line] : A(1)), bias = fill(a.by_line ? a.bias[line] : A(0));
       for_packs(a.dx ? dx : dresidual, width, a.stream, [&](int64_t j, int64_t n, auto stream) NK_INLINED {
         const Pack<A> d = load_some<A>(x + j, n) - load_some<A>(center.mean + j, n),
                       scale = load_some<A>(center.scale + j, n);
-        Pack<A> dz = dz_of<kTail, T>(a, e + j, n, load_some<A>(dy + j, n), [&]() NK_INLINED {
+        Pack<A> dz = dz_again<kTail, T>(a, e + j, e + j - c.first, n, [&]() NK_INLINED {
           const Pack<A> z = fma(d, scale, load_some<A>(center.shift + j, n));
           return a.by_line ? fma(z, weight, bias) : z;
         });

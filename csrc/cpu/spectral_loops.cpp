@@ -8,27 +8,15 @@
 // with Ve, Vo = (V(w1, w2) +- V(w1, -w2)) / 2.
 #include "spectral_loops.h"
 
-#define NK_INLINE inline __attribute__((always_inline))
+#include "lanes.h"
 
 namespace normkern::cpu::NK_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
 template <class A>
-constexpr int kWidth = kBytes / int(sizeof(A));
-
+constexpr int kWidth = kRegister / int(sizeof(A));
 template <class A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(kBytes)));
-};
-template <class A>
-using Vec = typename VectorOf<A>::type;
+using Vec = Vector<A, kWidth<A>>;
 
 template <class A>
 NK_INLINE Vec<A> get(const A* p) {

@@ -139,6 +139,13 @@ NK_INLINE void for_strips(const Columns& c, Step step) {
     step(j, c.tail - j < kLanes ? c.tail - j : int64_t(kLanes), c.first + c.lines * c.stride + j, int64_t(1));
 }
 
+// The strip below that at p, column j, from memory: the hardware loses track of many lines side by side.
+template <int kStep, class T>
+NK_INLINE void fetch_strip(const T* p, int64_t j, const Columns& c) {
+  if (!c.far || j % (64 / int64_t(sizeof(T))) != 0) return;
+  for (int line = 0; line < kStep; ++line) __builtin_prefetch(p + (kStep + line) * c.stride);
+}
+
 // As pick_shift, over lines that are spread over the box: of the first column of every group.
 template <class T, class S>
 NK_INLINE void pick_shifts(const T* x, const Columns& c, int64_t cols, int64_t period, S* shift) {
@@ -177,6 +184,7 @@ void moments_columns(const void* data, const Columns& c, bool centered, bool pic
   };
   constexpr int kStep = 8;
   for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
+    fetch_strip<kStep>(x + e, j, c);
     const Pack<S> shift = load_some<S>(s.shift + j, n);
     Pack<S> sum = fill(S(0)), squares = sum;
     const auto step = [&](int64_t line) NK_INLINED {

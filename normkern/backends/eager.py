@@ -39,7 +39,8 @@ def _by_group(parameter: Tensor, domain: Domain) -> Tensor:
     return parameter.reshape(domain.batch, 1, domain.keep, 1).double()
 
 
-def _activate(act: Act, z: Tensor) -> Tensor:
+def activate(act: Act, z: Tensor) -> Tensor:
+    """The activation as torch's own operator."""
     if act == Act.relu:
         return F.relu(z)
     if act == Act.silu:
@@ -120,7 +121,7 @@ def apply(
     """y and, unless they are given, the moments of every group (float64); differentiable torch throughout."""
     given = problem.moments == Moments.given
     xhat, _, group_mean, group_var = _xhat(problem, x, mean if given else None, var if given else None)
-    y = _unviewed(_activate(problem.act, _affine(problem, xhat, weight, bias, residual)), x)
+    y = _unviewed(activate(problem.act, _affine(problem, xhat, weight, bias, residual)), x)
     return (
         y,
         _nothing(x) if given or group_mean is None else group_mean.reshape(-1),

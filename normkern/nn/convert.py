@@ -40,6 +40,7 @@ _STOCK: dict[type[nn.Module], type[nn.Module]] = {
     nn.InstanceNorm3d: norm.InstanceNorm3d,
 }
 _OURS = frozenset(_STOCK.values())
+_OUR_MODULES = ("normkern.nn.conv", "normkern.nn.family", "normkern.nn.weights")  # layers that torch.nn has not
 _BATCH_NORMS = frozenset((norm.BatchNorm1d, norm.BatchNorm2d, norm.BatchNorm3d))
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -207,7 +208,7 @@ def _target_of(module: nn.Module) -> type[nn.Module] | str | None:
     if fn is None:
         fn = foreign.converter_of(kind)
     if fn is None:
-        if kind in _OURS or (_ORIGINAL in module.__dict__ and kind is not Fused):
+        if kind in _OURS or kind.__module__ in _OUR_MODULES or (_ORIGINAL in module.__dict__ and kind is not Fused):
             return _ALREADY
         return _why_unknown(module) if _is_norm(module) else None
     if "forward" in module.__dict__:

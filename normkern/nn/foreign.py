@@ -158,6 +158,32 @@ def _wan(self: Any, x: Tensor) -> Tensor:
     return y if isinstance(self.bias, float) else y + self.bias
 
 
+def _response_tlu(self: Any, x: Tensor) -> Tensor:
+    return F.filter_response_norm(x, self.weight, self.bias, self.tau, self.eps)
+
+
+def _response(self: Any, x: Tensor) -> Tensor:
+    act, after = _followers(self)
+    return _follow(F.filter_response_norm(x, self.weight, self.bias, None, self.eps, act=act), after)
+
+
+def _evo_norm_s0(self: Any, x: Tensor) -> Tensor:
+    return F.evo_norm_s0(x, self.groups, self.weight, self.bias, self.v, self.eps)
+
+
+def _evo_norm_b0(self: Any, x: Tensor) -> Tensor:
+    return F.evo_norm_b0(x, self.running_var, self.weight, self.bias, self.v, self.training, self.momentum, self.eps)
+
+
+def _standardized_conv(self: Any, x: Tensor) -> Tensor:
+    return self._conv_forward(x, F.weight_standardize(self.weight, None, self.eps), self.bias)  # type: ignore[no-any-return]
+
+
+def _scaled_standardized_conv(self: Any, x: Tensor) -> Tensor:
+    weight = F.weight_standardize(self.weight, self.gain * self.scale, self.eps)
+    return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
+
+
 # ---- which class has which
 
 
@@ -179,6 +205,14 @@ def _either(self: Any) -> tuple[int, ...]:
 
 def _channels(self: Any) -> tuple[int, ...]:
     return 2, getattr(self, "num_channels", None) or self.running_mean.shape[0], 3, 2
+
+
+def _weighted_image(self: Any) -> tuple[int, ...]:
+    return 2, self.weight.shape[0], 3, 2
+
+
+def _under_kernel(self: Any) -> tuple[int, ...]:
+    return 2, self.in_channels, *(d * (k - 1) + 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
 
 
 def _wan_sample(self: Any) -> tuple[int, ...]:
@@ -214,6 +248,12 @@ BY_NAME: dict[str, Rule] = {
     **{f"timm.layers.norm_act.{name}": _LAYER_2D for name in ("LayerNormAct2d", "LayerNormAct2dFp32")},
     **{f"timm.layers.norm_act.{name}": _GROUP for name in ("GroupNormAct", "GroupNorm1Act")},
     "timm.layers.norm_act.BatchNormAct2d": _BATCH,
+    "timm.layers.filter_response_norm.FilterResponseNormTlu2d": Rule(_response_tlu, _weighted_image),
+    "timm.layers.filter_response_norm.FilterResponseNormAct2d": Rule(_response, _weighted_image),
+    **{f"timm.layers.evo_norm.{name}": Rule(_evo_norm_s0, _weighted_image) for name in ("EvoNorm2dS0", "EvoNorm2dS0a")},
+    "timm.layers.evo_norm.EvoNorm2dB0": Rule(_evo_norm_b0, _weighted_image),
+    "timm.layers.std_conv.StdConv2d": Rule(_standardized_conv, _under_kernel),
+    "timm.layers.std_conv.ScaledStdConv2d": Rule(_scaled_standardized_conv, _under_kernel),
     "timm.layers.norm_act.RmsNormAct": _RMS,
     "timm.layers.norm_act.RmsNormAct2d": _RMS_2D,
     "transformers.models.bit.modeling_bit.BitGroupNormActivation": _GROUP,
