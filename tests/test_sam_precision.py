@@ -168,6 +168,8 @@ def test_errors() -> None:
         SAM(model, torch.optim.SGD, rho=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a model or parameters; got a Tensor"):
         SAM(model.shift, base, rho=1, perturb="all", running_stats="update")
+    with pytest.raises(TypeError, match="use fully_shard"):
+        SAM(nn.Sequential(type("FullyShardedDataParallel", (nn.Module,), {})(), model), base, rho=1)
     lazy = nn.Sequential(nn.LazyBatchNorm2d())
     with pytest.raises(ValueError, match="lazy"):
         SAM(lazy, torch.optim.SGD(lazy.parameters(), lr=1), rho=1)

@@ -66,7 +66,7 @@ class SAM(Optimizer):
         p: 2 or "inf".
         transform, eta: T, see above; eta >= 0.
         perturb: "norm" the affine parameters of norm layers (normkern.norm_parameters), "no_norm" all others, "all",
-            or a function of name and parameter.
+            or a function of a parameter's name in the model and the parameter.
         normalize_bias: False: T is 1 for parameters called "bias".
         running_stats: "freeze": they move in the first pass only (normkern.frozen_running_stats); "update": in both.
         sync_ascent: with DistributedDataParallel, True: one e for all processes, from the mean gradient; False: each
@@ -76,7 +76,7 @@ class SAM(Optimizer):
     GradScaler does with it is what it always does. No method waits for the device, but "fisher" with a scaler.
 
     Raises ValueError for arguments out of range and where nothing is left to perturb; TypeError where base_optimizer is
-    no optimizer.
+    no optimizer or the model is a FullyShardedDataParallel, the first of torch's two.
     """
 
     def __init__(
@@ -115,6 +115,8 @@ class SAM(Optimizer):
         self.running_stats, self.sync_ascent = running_stats, sync_ascent
         self.model = model_or_params if isinstance(model_or_params, nn.Module) else None
         self._named = _named(model_or_params)
+        if self.model is not None and any(type(m).__name__ == "FullyShardedDataParallel" for m in self.model.modules()):
+            raise TypeError("SAM: FullyShardedDataParallel hides which parameters are whose; use fully_shard")
         if self.model is None and running_stats == "freeze":
             raise ValueError('SAM: running_stats="freeze" needs the model; give it, or say running_stats="update"')
         if self.model is None and perturb in ("norm", "no_norm"):
