@@ -7,9 +7,9 @@
 # trained by one recipe: training accuracy by epoch, test accuracy. Every number goes to beyond_batchnorm.csv, means to
 # the terminal, and with matplotlib a figure to beyond_batchnorm.png.
 #
-# The paper finds: variance grows linearly with depth under norms of activations and doubles per block without (so
-# scaled weight standardization and weight norm need a remedy in residual networks); similarity grows with the size of
-# groups; gradients of early layers grow as groups shrink; so training is fastest in between.
+# The paper finds: variance grows linearly with depth under norms of activations and doubles per block without (scaled
+# weight standardization and weight norm need a remedy in residual networks); similarity grows with group size;
+# gradients of early layers grow as groups shrink; so training is fastest in between.
 from __future__ import annotations
 
 import argparse
