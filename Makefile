@@ -1,11 +1,11 @@
-# make demo | test | sanitize | lint | bench | wheel | clean
+# make demo | test | sanitize | lint | bench | docs | wheel | clean
 #
 # Everything runs in .venv, which is made on first use. On a machine without internet, name an interpreter that has
 # torch, numpy, pytest, cmake and pybind11: `make test PYTHON=/path/to/python` uses it as it is and installs nothing.
 # NORMKERN_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS reach the build (see setup.py).
 
 VENV ?= .venv
-EXTRAS ?= test,demo,bench
+EXTRAS ?= test,demo,bench,docs
 
 ifdef PYTHON
   ENVIRONMENT :=
@@ -22,7 +22,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc
 CXX_FILES := $(shell find csrc tests/emulator -name build -prune -o -name '*.h' -print -o -name '*.hpp' -print \
   -o -name '*.cuh' -print -o -name '*.cpp' -print -o -name '*.cu' -print)
 
-.PHONY: demo test sanitize lint bench wheel clean force
+.PHONY: demo test sanitize lint bench docs wheel clean force
 
 demo: build/installed
 	$(PYTHON) -m normkern demo
@@ -38,8 +38,19 @@ sanitize: $(ENVIRONMENT)
 	cmake --build build/sanitized --target test_cpu_sanitized --parallel $(or $(MAX_JOBS),$(shell nproc))
 	ctest --test-dir build/sanitized --output-on-failure
 
+# Real layers, errors by mean/std and in ulps, the cost of a call; then plots and build/bench/report.html. BENCH_ARGS
+# reach the first, as in BENCH_ARGS='--peers all'. The suite for pytest-benchmark is bench/bench_norms.py.
 bench: build/installed
-	$(PYTHON) -m pytest bench --benchmark-only $(BENCH_ARGS)
+	$(PYTHON) -m normkern bench --dtype float32 --dtype bfloat16 --out build/bench/layers.csv $(BENCH_ARGS)
+	$(PYTHON) bench/offset_error.py --csv build/bench/offset_error.csv
+	$(PYTHON) bench/ulp_error.py --csv build/bench/ulp_error.csv
+	$(PYTHON) bench/bench_overhead.py --csv build/bench/overhead.csv
+	$(PYTHON) -m normkern report build/bench/*.csv --out build/bench
+
+# Warnings are errors. The examples of the pages are run by tests/test_docs.py.
+docs: build/installed
+	$(PYTHON) -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
 
 lint: $(ENVIRONMENT)
 	$(if $(ENVIRONMENT),$(PYTHON) -m pip install -q $$($(PYTHON) -c "$(LINT_TOOLS)"))

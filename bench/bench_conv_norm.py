@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
+sys.path[:0] = [str(Path(__file__).parent.parent / "tests")]
 
 import paper_conv_norm as paper  # noqa: E402
-from sheet import Row, Sheet, device_name  # noqa: E402
 
 import normkern  # noqa: E402
+from normkern.bench.sheet import Row, Sheet, device_name  # noqa: E402
 from normkern.nn import ConvNorm2d  # noqa: E402
 from normkern.spectrum import lag_count  # noqa: E402
 

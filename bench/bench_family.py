@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
-
-from conftest import keep_memory  # noqa: E402
-from sheet import Row, Sheet, device_name  # noqa: E402
-
-import normkern  # noqa: E402
+import normkern
+from normkern.bench.race import keep_memory
+from normkern.bench.sheet import Row, Sheet, device_name
 
 Step = Callable[[], object]
 EPS = 1e-5

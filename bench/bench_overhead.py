@@ -15,12 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parent)]
-
-from sheet import Row, Sheet, device_name  # noqa: E402
-
-import normkern.functional  # noqa: E402
-import normkern.nn  # noqa: E402
+import normkern.functional
+import normkern.nn
+from normkern.bench.sheet import Row, Sheet, device_name
 
 IMAGE, TOKENS = (2, 8, 4, 4), (4, 64)
 CHANNELS, GROUPS, WIDTH = 8, 4, 64

@@ -2,8 +2,9 @@
 #             [--dtypes float32,bfloat16] [--threads N] [--csv FILE]
 from __future__ import annotations
 
-import ctypes
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
-from cases import Case  # noqa: E402
-from sheet import Sheet  # noqa: E402
-from sizes import fused, grid, layers  # noqa: E402
+from cases import SHAPES  # noqa: E402
+
+from normkern.bench.layers import LAYOUTS, OPS, Layer, everything, fused, real  # noqa: E402
+from normkern.bench.race import keep_memory  # noqa: E402
+from normkern.bench.sheet import Sheet  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,32 +38,37 @@ def pytest_configure(config: pytest.Config) -> None:
     keep_memory()
 
 
-def keep_memory() -> None:
-    """Freed tensors stay with the process, as with the allocator of a GPU: page faults are not what is measured."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        mmap_threshold, trim_threshold = -3, -1  # of mallopt(3)
-        libc.mallopt(mmap_threshold, 2**31 - 1)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+def identifier(name: str, layer: Layer) -> str:
+    shape = "x".join(map(str, layer.shape))
+    parts = [name.replace(" ", "_"), layer.op + ("" if layer.training else "_eval"), layer.layout, layer.dtype, shape]
+    return "-".join(parts)
 
 
-def identifier(layer: str, case: Case) -> str:
-    shape = "x".join(map(str, case.shape))
-    return f"{layer.replace(' ', '_')}-{case.norm}{'' if case.training else '_eval'}-{case.layout}-{case.dtype}-{shape}"
+def table(dtypes: tuple[str, ...]) -> Iterator[tuple[str, Layer]]:
+    """The shapes that the tests are made of: too small to time kernels, they show the cost of a call."""
+    for norm, shapes in SHAPES.items():
+        if f"{norm}_norm" not in OPS:
+            continue
+        for shape, option in shapes:
+            layer = Layer(f"{norm}_norm", shape, **{"groups" if norm == "group" else "dims": option})
+            for layout in LAYOUTS[layer.op]:
+                if layout != "channels_last" or len(shape) > 2:
+                    for dtype in dtypes:
+                        yield "table", replace(layer, layout=layout, dtype=dtype)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
+    if "layer" in metafunc.fixturenames:
         option = metafunc.config.getoption
         on_gpu = option("--device").startswith("cuda")
         in_groups = option("--grid") or option("--fused")
         dtypes = tuple((option("--dtypes") or ("float32,bfloat16" if on_gpu or in_groups else "float32")).split(","))
         if in_groups:
-            found = [*(grid(dtypes) if option("--grid") else ()), *(fused(dtypes) if option("--fused") else ())]
+            found = [*(everything(dtypes) if option("--grid") else ()), *(fused(dtypes) if option("--fused") else ())]
         else:
-            found = list(layers(option("--quick"), on_gpu, dtypes, option("--table")))
+            found = [*real(option("--quick"), on_gpu, dtypes), *(table(dtypes) if option("--table") else ())]
         metafunc.parametrize("mode", ["forward", "step" if in_groups else "backward"])
-        metafunc.parametrize("case", [pytest.param(case, id=identifier(name, case)) for name, case in found])
+        metafunc.parametrize("layer", [pytest.param(layer, id=identifier(name, layer)) for name, layer in found])
 
 
 @pytest.fixture(scope="session")

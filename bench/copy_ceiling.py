@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent)]
-
-from sheet import Row, Sheet, device_name  # noqa: E402
-
-from normkern.measure import interleaved  # noqa: E402
+from normkern.bench.sheet import Row, Sheet, device_name
+from normkern.measure import interleaved
 
 
 def measure(device: torch.device, megabytes: int) -> list[Row]:

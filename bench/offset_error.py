@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parent)]
-
-from sheet import Row, Sheet, device_name  # noqa: E402
-
-import normkern.functional  # noqa: E402
-from normkern.measure import relative_error  # noqa: E402
+import normkern.functional
+from normkern.bench.sheet import Row, Sheet, device_name
+from normkern.measure import relative_error
 
 OFFSETS = {"float32": (0, 10, 100, 1000, 10000), "bfloat16": (0, 10, 100)}
 IMAGE, TOKENS = (4, 64, 56, 56), (8, 197, 768)
@@ -81,39 +77,10 @@ def show(rows: list[Row], metric: str) -> None:
             print(f"| {norm}, {layout} | {provider} | " + " | ".join(errors) + " |")
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """One panel for each norm: error of the output in float32 against mean/std, both libraries, both layouts."""
-    from matplotlib import pyplot as plt
-
-    norms = list(dict.fromkeys(row.kernel_name for row in rows))
-    figure, panels = plt.subplots(1, len(norms), figsize=(3 * len(norms), 3.2), sharey=True, layout="constrained")
-    curves: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
-    for row in rows:
-        if row.metric == "relative_error_output" and row.dtype == "float32":
-            at = max(float(row.x_value), 1)  # 0 has no place on a logarithmic axis
-            curves.setdefault((row.kernel_name, row.kernel_provider, row.layout), []).append((at, row.y_50))
-    for (norm, provider, layout), points in curves.items():
-        panels[norms.index(norm)].plot(
-            *zip(*points, strict=True),
-            color={"torch": "tab:red", "normkern": "tab:blue"}[provider],
-            linestyle={"contiguous": "-", "channels_last": "--"}[layout],
-            marker="o",
-            markersize=3,
-            label=f"{provider}, {layout.replace('_', ' ')}",
-        )
-    for panel, norm in zip(panels, norms, strict=True):
-        panel.set(title=norm, xscale="log", yscale="log", xlabel="mean/std (0 shown at 1)")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("relative error of the output (L2), float32")
-    panels[0].legend(fontsize=7)
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="error against float64 by mean/std of the input")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--plot", type=Path, help="a PNG file; needs matplotlib")
     arguments = parser.parse_args()
     cases = [(norm, layout) for norm in ("batch_norm", "group_norm", "instance_norm") for layout in LAYOUTS]
     cases.append(("layer_norm", "contiguous"))
@@ -130,8 +97,6 @@ def main() -> None:
     sheet = Sheet(arguments.csv)
     for row in rows:
         sheet.add(row)
-    if arguments.plot:
-        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

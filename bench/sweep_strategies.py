@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent)]
-
-from sheet import Row, Sheet, device_name  # noqa: E402
-
-import normkern  # noqa: E402
-from normkern.measure import interleaved  # noqa: E402
+import normkern
+from normkern.bench.sheet import Row, Sheet, device_name
+from normkern.measure import interleaved
 
 STRATEGIES = ("warp", "block", "cluster", "subgrid", "split", "")  # "": the plan's own choice
 KILOBYTES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # of a group, in bfloat16

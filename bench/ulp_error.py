@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
+sys.path[:0] = [str(Path(__file__).parent.parent / "tests")]
 
 from cases import Case, Inputs, build, call  # noqa: E402
 from reference import half_ulp  # noqa: E402
-from sheet import Row, Sheet, device_name  # noqa: E402
 
 import normkern.functional  # noqa: E402
+from normkern.bench.sheet import Row, Sheet, device_name  # noqa: E402
 
 SHAPES = {
     "batch": (16, 64, 28, 28),

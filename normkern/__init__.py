@@ -1,6 +1,6 @@
 """normkern: normalization for PyTorch, with one read of the data and no error that grows with the mean."""
 
-from normkern import nn
+from normkern import nn, optim, probes
 from normkern.autocast import keep_half
 from normkern.backends import use_backend
 from normkern.conv_norm import conv_norm, preconditioner
@@ -26,6 +26,7 @@ from normkern.functional import (
     weight_norm,
     weight_standardize,
 )
+from normkern.nn.affine import norm_parameters, register_norm
 from normkern.nn.conv import convert_conv_norm
 from normkern.nn.convert import convert, register_converter, revert
 from normkern.running import frozen_running_stats
@@ -52,9 +53,13 @@ __all__ = [
     "lp_batch_norm",
     "moments",
     "nn",
+    "norm_parameters",
+    "optim",
     "paper_group_norm",
     "preconditioner",
+    "probes",
     "register_converter",
+    "register_norm",
     "revert",
     "rms_norm",
     "scaled_relu",

@@ -93,6 +93,8 @@ def apply(norm: Norm, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ..
     if _transformed() or aten.exporting():
         y, *moments = norm.formula(x, *parameters)
         return y.to(x.dtype), *(m.detach() for m in moments)
+    if type(x) is not Tensor and hasattr(x, "device_mesh"):
+        raise NotImplementedError(f"{type(norm).__name__}: input must be a plain tensor; got a DTensor")
     backend = select(x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
         return _Evolve.apply(norm, backend, x, *parameters)  # type: ignore[no-any-return,no-untyped-call]

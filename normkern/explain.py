@@ -37,6 +37,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         "add_layer_norm",
         "add_rms_norm",
         "moments",
+        "filter_response_norm",
+        "weight_standardize",
+        "weight_norm",
     )
 }
 _DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -240,7 +243,7 @@ def _planned(name: str, problem: Problem, x: Tensor, chip: Chip, affine_grads: b
 
 
 def explain(op: str, input: Tensor, *args: Any, gpu: str | Chip | None = None, **kwargs: Any) -> Explanation:
-    """What normkern.<op>(input, *args, **kwargs) would do; print it.
+    """What `normkern.<op>(input, ...)` with the same arguments would do; print it.
 
     `gpu` names the chip to plan for: "H200", "H100", "A100", "L4", "B200". The default is the GPU that
     holds input, or an H200.

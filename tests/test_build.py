@@ -127,7 +127,8 @@ def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    sources = [p for d in ("csrc", "cmake", "normkern", "tests") for p in (ROOT / d).rglob("*.*") if p.is_file()]
+    directories = ("csrc", "cmake", "normkern", "tests", "bench", "docs")
+    sources = [p for d in directories for p in (ROOT / d).rglob("*.*") if p.is_file()]
     wanted = {
         str(p.relative_to(ROOT)) for p in sources if p.suffix not in (".so", ".pyc") and "build" not in p.parts[:-1]
     } | {"CMakeLists.txt", "pyproject.toml", "setup.py", "README.md", "LICENSE", "Makefile"}

@@ -47,6 +47,7 @@ NORMS = {
     "group": Norm(lambda x, w, b: normkern.group_norm(x, 2, w, b, act="silu"), (4, 6, 4, 3), (6,)),
     "group_3": Norm(lambda x, w, b: normkern.group_norm(x, 3, w, b), (3, 6, 4), (6,)),
     "instance": Norm(lambda x, w, b: normkern.instance_norm(x, weight=w, bias=b), (4, 6, 4, 3), (6,)),
+    "response": Norm(lambda x, w, b: normkern.filter_response_norm(x, w, b, act="relu"), (4, 6, 4, 3), (6,)),
     "layer": Norm(lambda x, w, b: normkern.layer_norm(x, (6,), w, b, act="gelu"), (4, 5, 6), (6,)),
     "layer_2": Norm(lambda x, w, b: normkern.layer_norm(x, (4, 6), w, b), (3, 4, 6), (4, 6)),
     "rms": Norm(lambda x, w, b: normkern.rms_norm(x, (6,), w, residual=2 * x), (4, 5, 6), (6,)),

@@ -12,17 +12,14 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from normkern import autograd
-from normkern.problem import Domain, Moments, Problem, fit, memory_order
+from normkern.problem import Axis, Domain, Moments, Problem, _pair
 
 
 def pixel(shape: tuple[int, ...], strides: tuple[int, ...], eps: float) -> Problem | None:
     """Moments over the channels (dimension 1) of every pixel of every sample; a weight per channel."""
-    order = memory_order(shape, strides)
-    stats = fit([(shape[dim], dim != 1) for dim in order])
-    affine = fit([(shape[dim], dim == 1) for dim in order])
-    if stats is None or affine is None:
-        return None
-    return Problem(stats, affine, Moments.second, eps=eps)
+    axes = [Axis(n, s, dim != 1, dim == 1) for dim, (n, s) in enumerate(zip(shape, strides, strict=True))]
+    pair = _pair(axes)
+    return None if pair is None else Problem(pair[0], pair[1], Moments.second, eps=eps)
 
 
 def pixel_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-8) -> Tensor:

@@ -295,12 +295,14 @@ def convert(
     is exactly one of torch.nn's norms, a norm of timm, transformers or diffusers that normkern knows, or has a
     converter registered; subclasses are not, since their forward may do more.
 
-    sync: batch norms gather their statistics from all processes (normkern.nn.SyncBatchNorm).
-    dry_run: change nothing and return a Report: print it to see each norm, what becomes of it and, where nothing does,
-        why. A conversion logs the same report to the logger "normkern" at level DEBUG.
-    fuse_act: an activation module (ReLU, SiLU, GELU, LeakyReLU with slope 0.01) that is proved to follow a norm, as its
-        neighbour in an nn.Sequential or in a torch.fx trace of the model, is computed by the norm, and hands its input
-        through. The norm's output read in any other way (indexing into the Sequential) is then the activated one.
+    Args:
+        sync: batch norms gather their statistics from all processes (normkern.nn.SyncBatchNorm).
+        dry_run: change nothing and return a Report: print it to see each norm, what becomes of it and, where nothing
+            does, why. A conversion logs the same report to the logger "normkern" at level DEBUG.
+        fuse_act: an activation module (ReLU, SiLU, GELU, LeakyReLU with slope 0.01) that is proved to follow a norm, as
+            its neighbour in an nn.Sequential or in a torch.fx trace of the model, is computed by the norm, and hands
+            its input through. The norm's output read in any other way (indexing into the Sequential) is then the
+            activated one.
 
     Raises TypeError where model is no nn.Module. revert() undoes it.
     """

@@ -136,7 +136,7 @@ class GroupNorm(_WithAct, torch.nn.GroupNorm):
 
 
 class LayerNorm(_WithAct, torch.nn.LayerNorm):
-    """torch.nn.LayerNorm: (..., *normalized_shape)."""
+    """torch.nn.LayerNorm: `(..., *normalized_shape)`."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return F.layer_norm(
@@ -145,7 +145,7 @@ class LayerNorm(_WithAct, torch.nn.LayerNorm):
 
 
 class RMSNorm(_WithAct, torch.nn.RMSNorm):
-    """torch.nn.RMSNorm: (..., *normalized_shape)."""
+    """torch.nn.RMSNorm: `(..., *normalized_shape)`."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, residual=residual, act=self.act)

@@ -1,4 +1,7 @@
-# The one long table of results: a row for every (case, provider, mode). bench/results/README.md explains the columns.
+"""sheet.py: the one long table of results, a row for every (layer, provider, mode). bench/results/README.md in the
+repository and the documentation explain the columns.
+"""
+
 from __future__ import annotations
 
 import csv
@@ -38,6 +41,10 @@ class Row:
     torch: str = torch.__version__
     normkern: str = normkern.__version__
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+    provider_version: str = ""
+
+
+COLUMNS = tuple(column.name for column in fields(Row))
 
 
 def text(value: object) -> object:
@@ -45,7 +52,8 @@ def text(value: object) -> object:
 
 
 class Sheet:
-    """Rows as they come, each on disk at once: a run that is cut short keeps what it has measured."""
+    """Rows as they come, each on disk at once: a run that is cut short keeps what it has measured. Without a path they
+    are kept in memory alone."""
 
     def __init__(self, path: Path | None) -> None:
         self.rows: list[Row] = []
@@ -53,7 +61,7 @@ class Sheet:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow([column.name for column in fields(Row)])
+                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
