@@ -17,8 +17,8 @@
 # groups of 32); networks with groups of 2 and 4 train fastest. Theory has the order of the curves and, for gradients,
 # their slope at groups of 1 and near the output; similarity of small groups it overestimates. Not shown: that all
 # layers end alike. Three epochs at batch norm's learning rate leave test accuracies of 0.95 (scaled weight
-# standardization), 0.92 (batch norm), 0.90 (EvoNorm-B0), 0.6 to 0.8 (most others), 0.2 (instance norm, in which the
-# mean over positions that the head reads is constant).
+# standardization), 0.92 (batch norm), 0.90 (EvoNorm-B0), 0.6 to 0.8 (most others), 0.2 (instance norm, which fixes the
+# mean and variance of every image's channels, whose mean over positions the head reads).
 from __future__ import annotations
 
 import argparse
