@@ -114,6 +114,7 @@ def test_autocast() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_compiled_model() -> None:
     """Two graphs, one with and one without gradients of all weights, and no more from then on."""
     states = []
