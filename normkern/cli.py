@@ -204,6 +204,8 @@ def run_bench(
         from normkern.backends import BACKENDS
 
         why = BACKENDS[backend.value].why_not(torch.empty(1, device=where))
+        if why is None and backend.value == "triton" and where.type != "cuda":
+            why = "its interpreter is no rival"  # TRITON_INTERPRET=1: a layer would take it hours
         if why is not None:
             raise typer.BadParameter(f"{backend.value} cannot run on {where}: {why}", param_hint="--backend")
     if threads is not None:
