@@ -139,7 +139,7 @@ def test_bench_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     out = tmp_path / "rows.csv"
     done = run("bench", "--seconds", "0.001", "--dtype", "bfloat16", "--out", str(out))
     assert done.exit_code == 0, done.output
-    assert "of a copy" in done.output
+    assert {"of", "a", "copy"} <= set(done.output.split())  # a column's head, which a narrow table breaks
     with out.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
