@@ -139,10 +139,10 @@ def test_bench_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     out = tmp_path / "rows.csv"
     done = run("bench", "--seconds", "0.001", "--dtype", "bfloat16", "--out", str(out))
     assert done.exit_code == 0, done.output
-    assert {"of", "a", "copy"} <= set(done.output.split())  # a column's head, which a narrow table breaks
     with out.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
+    assert f"{len(rows)} rows in" in said(done)
     assert tuple(reader.fieldnames or ()) == COLUMNS
     keys = [(r["kernel_name"], r["layout"], r["dtype"], r["kernel_operation_mode"], r["kernel_provider"]) for r in rows]
     assert sorted(keys) == sorted(
