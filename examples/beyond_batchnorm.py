@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conv_norm import Images, Results, accuracy, digits, show
+from conv_norm import Images, Results, accuracy, digits, figures, save, show
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -197,12 +197,8 @@ def run(arguments: argparse.Namespace, console: Console) -> Results:
 
 def draw(out: Results, path: Path) -> bool:
     """The figure; False where matplotlib is missing."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
+    pyplot = figures()
+    if pyplot is None:
         return False
     means = out.summary()
     figure, axes = pyplot.subplots(2, 3, figsize=(16, 9), constrained_layout=True)
@@ -289,12 +285,8 @@ def main(given: list[str] | None = None) -> None:
     arguments.epochs = arguments.epochs or (2 if arguments.quick else 3)
     console = Console()
     out = run(arguments, console)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    out.write(arguments.out / "beyond_batchnorm.csv")
     show(out, console)
-    drawn = draw(out, arguments.out / "beyond_batchnorm.png")
-    written = arguments.out / "beyond_batchnorm.csv"
-    console.print(f"written: {written}" + (", beyond_batchnorm.png" if drawn else " (no matplotlib: no figure)"))
+    save(out, draw, arguments.out / "beyond_batchnorm.csv", console)
 
 
 if __name__ == "__main__":

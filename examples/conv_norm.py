@@ -410,14 +410,30 @@ def show(out: Results, console: Console) -> None:
             console.print(table)
 
 
-def draw(out: Results, path: Path) -> bool:
-    """The figure; False where matplotlib is missing."""
+def figures() -> Any:
+    """matplotlib's pyplot, which draws into files; None where it is missing."""
     try:
         import matplotlib  # type: ignore[import-not-found, unused-ignore]
 
         matplotlib.use("Agg")
         from matplotlib import pyplot  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
+        return None
+    return pyplot
+
+
+def save(out: Results, draw: Callable[[Results, Path], bool], path: Path, console: Console) -> None:
+    """The CSV at `path` and the figure beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out.write(path)
+    figure = path.with_suffix(".png")
+    console.print(f"written: {path}" + (f", {figure.name}" if draw(out, figure) else " (no matplotlib: no figure)"))
+
+
+def draw(out: Results, path: Path) -> bool:
+    """The figure; False where matplotlib is missing."""
+    pyplot = figures()
+    if pyplot is None:
         return False
     means = out.summary()
     sets = list(dict.fromkeys(key[0] for key in means))
@@ -472,12 +488,7 @@ def main(given: list[str] | None = None) -> None:
     console = Console()
     out = run(arguments, console)
     show(out, console)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    out.write(arguments.out / "conv_norm.csv")
-    drawn = draw(out, arguments.out / "conv_norm.png")
-    console.print(
-        f"written: {arguments.out / 'conv_norm.csv'}" + (", conv_norm.png" if drawn else " (no matplotlib: no figure)")
-    )
+    save(out, draw, arguments.out / "conv_norm.csv", console)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from conv_norm import Results, digits
+from conv_norm import Results, digits, figures, save
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -195,12 +195,8 @@ def show(out: Results, console: Console) -> None:
 
 def draw(out: Results, path: Path) -> bool:
     """The figure; False where matplotlib is missing."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
+    pyplot = figures()
+    if pyplot is None:
         return False
     means = out.summary()
     figure, axes = pyplot.subplots(2, 4, figsize=(19, 8.5), constrained_layout=True)
@@ -242,12 +238,8 @@ def main(given: list[str] | None = None) -> None:
     arguments.every = max(1, arguments.steps // (8 if arguments.quick else 10))
     console = Console()
     out = run(arguments, console)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    out.write(arguments.out / "landscape.csv")
     show(out, console)
-    drawn = draw(out, arguments.out / "landscape.png")
-    written = arguments.out / "landscape.csv"
-    console.print(f"written: {written}" + (", landscape.png" if drawn else " (no matplotlib: no figure)"))
+    save(out, draw, arguments.out / "landscape.csv", console)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conv_norm import Images, Results, digits, mislabeled, textures
+from conv_norm import Images, Results, digits, figures, mislabeled, save, textures
 from models import ResNet, ViT, resnet56, wrn_28_10
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -194,12 +194,8 @@ def show(out: Results, console: Console) -> None:
 
 def draw(out: Results, path: Path) -> bool:
     """The figure; False where matplotlib is missing."""
-    try:
-        import matplotlib  # type: ignore[import-not-found, unused-ignore]
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
+    pyplot = figures()
+    if pyplot is None:
         return False
     means = out.summary()
     sets = list(dict.fromkeys(key[0] for key in means))
@@ -253,12 +249,7 @@ def main(given: list[str] | None = None) -> None:
     console = Console()
     out = run(arguments, console)
     show(out, console)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    out.write(arguments.out / "sam_on.csv")
-    drawn = draw(out, arguments.out / "sam_on.png")
-    console.print(
-        f"written: {arguments.out / 'sam_on.csv'}" + (", sam_on.png" if drawn else " (no matplotlib: no figure)")
-    )
+    save(out, draw, arguments.out / "sam_on.csv", console)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkern.checks import check_enough_values, check_flag, check_float, check_input, check_parameter, spatial_count
-from normkern.family import _check_eps
+from normkern.checks import (
+    check_enough_values,
+    check_eps,
+    check_flag,
+    check_float,
+    check_input,
+    check_parameter,
+    spatial_count,
+)
 from normkern.functional import _empty, moments
 
 _ORDERS = (1, 2, math.inf)
@@ -68,7 +75,7 @@ def lp_batch_norm(
     check_flag(name, "centered", centered)
     check_flag(name, "unit_gaussian", unit_gaussian)
     check_input(name, input, 2)
-    eps, momentum = _check_eps(name, eps), check_float(name, "momentum", momentum)
+    eps, momentum = check_eps(name, eps), check_float(name, "momentum", momentum)
     shape = input.shape[1:2]
     weight = check_parameter(name, "weight", weight, shape, input)
     bias = check_parameter(name, "bias", bias, shape, input)

@@ -114,6 +114,13 @@ def check_float(name: str, what: str, value: float) -> float:
     raise TypeError(f"{name}: {what} must be a float; got {value!r}")
 
 
+def check_eps(name: str, eps: float) -> float:
+    eps = check_float(name, "eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"{name}: eps must be at least 0; got eps={eps}")
+    return eps
+
+
 def check_act(name: str, act: str | None) -> Act:
     if act is not None and not isinstance(act, str):
         raise TypeError(f"{name}: act must be a string or None; got {act!r}")

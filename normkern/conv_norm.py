@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normkern import spectrum
-from normkern.checks import FLOATS, check_flag, check_float, shape_of
+from normkern.checks import FLOATS, check_eps, check_flag, shape_of
 from normkern.spectrum import Points, Torus
 
 Pair = tuple[int, int]
@@ -46,13 +46,6 @@ def _check_weight(name: str, weight: Tensor) -> Pair:
     return weight.shape[2], weight.shape[3]
 
 
-def _check_eps(name: str, eps: float) -> float:
-    eps = check_float(name, "eps", eps)
-    if not eps >= 0:
-        raise ValueError(f"{name}: eps must be at least 0; got eps={eps}")
-    return eps
-
-
 def preconditioner(
     weight: Tensor, size: tuple[int, int] | list[int], *, dilation: int | tuple[int, int] = 1, eps: float = 1e-6
 ) -> Tensor:
@@ -80,7 +73,7 @@ def preconditioner(
     kernel = _check_weight(name, weight)
     if not isinstance(size, tuple | list) or len(size) != 2:
         raise TypeError(f"{name}: size must be a pair of ints; got {size!r}")
-    torus = Torus(kernel, _pair(name, "dilation", dilation, 1), _pair(name, "size", size, 1), _check_eps(name, eps))
+    torus = Torus(kernel, _pair(name, "dilation", dilation, 1), _pair(name, "size", size, 1), check_eps(name, eps))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return spectrum.inverse_root(torus, spectrum.lags(weight), dtype)
 
@@ -180,7 +173,7 @@ def conv_norm(
     """
     name = "conv_norm"
     check_flag(name, "through_preconditioner", through_preconditioner)
-    eps = _check_eps(name, eps)
+    eps = check_eps(name, eps)
     shape = (
         _pair(name, "stride", stride, 1),
         _pair(name, "padding", padding, 0),

@@ -365,10 +365,11 @@ class B0:
         if wanted[0]:
             slope = -weight * sums[3] / right * (self._correction / self.at.count)
             held = _rounded(mean, x)
-            offset = (held - mean) * slope
+            constant = torch.zeros_like(slope)
             if given is None:
                 by_channel = -weight * sums[2].sum(0) / left / (self.at.count * self.at.samples)
                 slope = slope + by_channel
-                offset = (held - mean) * slope + by_channel * (mean - mean.mean(0))
+                constant = by_channel * (mean - mean.mean(0))
+            offset = (held - mean) * slope + constant
             dx = _slope(_B0, backend, self.at, dy, x, [left, v, right, weight, slope, held, offset])
         return dx, sums[1].sum(0), sums[0].sum(0), -weight * sums[4].sum(0), None

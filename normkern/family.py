@@ -17,6 +17,7 @@ from normkern.autograd import same_buffer
 from normkern.checks import (
     check_act,
     check_enough_values,
+    check_eps,
     check_flag,
     check_float,
     check_groups,
@@ -35,13 +36,6 @@ def _check_variant(name: str, variant: str) -> bool:
     if variant not in _VARIANTS:
         raise ValueError(f"{name}: variant must be one of {', '.join(_VARIANTS)}; got {variant!r}")
     return variant == "paper"
-
-
-def _check_eps(name: str, eps: float) -> float:
-    eps = check_float(name, "eps", eps)
-    if not eps >= 0:
-        raise ValueError(f"{name}: eps must be at least 0; got eps={eps}")
-    return eps
 
 
 def _like(y: Tensor, x: Tensor, dense: Tensor) -> Tensor:
@@ -95,7 +89,7 @@ def filter_response_norm(
     if isinstance(eps, Tensor):
         learned = check_parameter(name, "eps", eps.reshape(-1), (1 if eps.numel() == 1 else channels,), input)
         eps = 0.0
-    eps = _check_eps(name, eps)
+    eps = check_eps(name, eps)
     if input.numel() == 0:
         return _empty(input, weight, bias, tau, learned, residual)
     dense, found = _fit(input, problem.instance, activation, eps, True)
@@ -140,7 +134,7 @@ def variance_norm(
     check_flag(name, "training", training)
     check_input(name, input, 2)
     activation = check_act(name, act)
-    eps, momentum = _check_eps(name, eps), check_float(name, "momentum", momentum)
+    eps, momentum = check_eps(name, eps), check_float(name, "momentum", momentum)
     paper = _check_variant(name, variant)
     channels = input.shape[1]
     weight = check_parameter(name, "weight", weight, (channels,), input)
@@ -218,7 +212,7 @@ def evo_norm_s0(
     name = "evo_norm_s0"
     check_input(name, input, 3)
     check_groups(name, num_groups, input)
-    eps, paper = _check_eps(name, eps), _check_variant(name, variant)
+    eps, paper = check_eps(name, eps), _check_variant(name, variant)
     weight = check_parameter(name, "weight", weight, input.shape[1:2], input)
     bias = check_parameter(name, "bias", bias, input.shape[1:2], input)
     v = check_parameter(name, "v", v, input.shape[1:2], input)
@@ -263,7 +257,7 @@ def evo_norm_b0(
     name = "evo_norm_b0"
     check_flag(name, "training", training)
     check_input(name, input, 3)
-    eps, momentum = _check_eps(name, eps), check_float(name, "momentum", momentum)
+    eps, momentum = check_eps(name, eps), check_float(name, "momentum", momentum)
     paper = _check_variant(name, variant)
     weight = check_parameter(name, "weight", weight, input.shape[1:2], input)
     bias = check_parameter(name, "bias", bias, input.shape[1:2], input)
@@ -306,7 +300,7 @@ def paper_group_norm(
     name = "paper_group_norm"
     check_input(name, input, 2)
     check_groups(name, num_groups, input)
-    eps = _check_eps(name, eps)
+    eps = check_eps(name, eps)
     count = input.shape[1] // num_groups * math.prod(input.shape[2:])
     check_enough_values(name, count, "value per group", input)
     share = (count - 1) / count if count else 1.0

@@ -15,8 +15,8 @@ from torch import Tensor
 from normkern import aten, autograd, direct, problem
 from normkern.autograd import same_buffer
 from normkern.backends import Backend, select
-from normkern.checks import check_flag, check_input, check_parameter
-from normkern.family import _check_eps, _check_variant
+from normkern.checks import check_eps, check_flag, check_input, check_parameter
+from normkern.family import _check_variant
 from normkern.functional import _fit, _normalize, moments
 from normkern.problem import Moments, Problem
 
@@ -75,7 +75,7 @@ def weight_standardize(
         if y is not None:
             return y
     gain = _check_weight(name, weight, gain)
-    eps, paper = _check_eps(name, eps), _check_variant(name, variant)
+    eps, paper = check_eps(name, eps), _check_variant(name, variant)
     check_flag(name, "scaled", scaled)
     if weight.numel() == 0:
         return weight.clone()
@@ -114,7 +114,7 @@ def weight_norm(v: Tensor, g: Tensor | None = None, eps: float = 0.0) -> Tensor:
     """
     name = "weight_norm"
     g = _check_weight(name, v, g)
-    eps = _check_eps(name, eps)
+    eps = check_eps(name, eps)
     if v.numel() == 0:
         return v.clone()
     size = v[0].numel()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, small, subset
+from ranks import Ranks
 
 # Without a GPU the Triton kernels run in its interpreter, which must be turned on before anything imports Triton.
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
@@ -155,3 +156,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("largest error in units of u*S, beyond half an ulp of the result (bound: 16)")
     for (setup, dtype, name), used in sorted(USED.items()):
         terminalreporter.write_line(f"{setup:20} {dtype:9} {name:13} {used:6.2f}")
+
+
+@pytest.fixture(scope="module")
+def started_ranks() -> Iterator[list[Ranks]]:
+    started: list[Ranks] = []
+    yield started
+    for one in started:
+        if one.alive:
+            one.close()
+
+
+@pytest.fixture
+def ranks(started_ranks: list[Ranks]) -> Ranks:
+    """Two processes for the tests of a module; new ones where a test left them dead."""
+    if not started_ranks or not started_ranks[0].alive:
+        started_ranks[:] = [Ranks()]
+    return started_ranks[0]

@@ -61,8 +61,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thr
     interpreter, plain PyTorch."""
     if request.param == "fft":
         monkeypatch.setattr(spectrum, "_MOST_POINTS_CPU", 0)
-    if request.param == "triton":
-        import triton_interpreter  # noqa: F401
     with normkern.use_backend("native" if request.param == "fft" else request.param):
         yield request.param
 
@@ -74,7 +72,7 @@ with_triton = pytest.mark.parametrize("way", WITH_TRITON, indirect=True)
 def in_every_way(rows: list[Any], for_triton: Callable[[int, Any], bool]) -> Any:
     """Ways times rows, some of them for Triton's interpreter too."""
     pairs = [(way, row) for way in WITH_TRITON for i, row in enumerate(rows) if way != "triton" or for_triton(i, row)]
-    return pytest.mark.parametrize(("way", "row"), pairs, ids=lambda v: str(v), indirect=["way"])
+    return pytest.mark.parametrize(("way", "row"), pairs, ids=str, indirect=["way"])
 
 
 def test_table_of_isometries() -> None:

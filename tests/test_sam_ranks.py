@@ -1,7 +1,6 @@
 # SAM on two processes: as one process on the joined batch, each for itself (m-sharpness), and sharded by FSDP2.
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,23 +15,6 @@ from normkern.nn import SyncBatchNorm
 from normkern.optim import SAM
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-_ranks: list[Ranks] = []
-
-
-@pytest.fixture
-def ranks() -> Ranks:
-    if not _ranks or not _ranks[0].alive:
-        _ranks[:] = [Ranks()]
-    return _ranks[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def close_ranks() -> Iterator[None]:
-    yield
-    for started in _ranks:
-        if started.alive:
-            started.close()
-    _ranks.clear()
 
 
 def network(synced: bool) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,23 +15,6 @@ from torch import Tensor, nn
 import normkern
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-_ranks: list[Ranks] = []
-
-
-@pytest.fixture
-def ranks() -> Ranks:
-    if not _ranks or not _ranks[0].alive:
-        _ranks[:] = [Ranks()]
-    return _ranks[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def close_ranks() -> Iterator[None]:
-    yield
-    for started in _ranks:
-        if started.alive:
-            started.close()
-    _ranks.clear()
 
 
 @dataclasses.dataclass(frozen=True)

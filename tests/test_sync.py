@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,24 +15,6 @@ import normkern
 from normkern.nn import SyncBatchNorm
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-_ranks: list[Ranks] = []
-
-
-@pytest.fixture
-def ranks() -> Ranks:
-    """Started by the first test, and anew by the one after a failure."""
-    if not _ranks or not _ranks[0].alive:
-        _ranks[:] = [Ranks()]
-    return _ranks[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def close_ranks() -> Iterator[None]:
-    yield
-    for started in _ranks:
-        if started.alive:
-            started.close()
-    _ranks.clear()
 
 
 def whole(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, offset: float = 0.0, seed: int = 7) -> Tensor:

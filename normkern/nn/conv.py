@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from normkern import spectrum
-from normkern.checks import check_flag
-from normkern.conv_norm import _check_call, _check_eps, _pair, convolve
+from normkern.checks import check_eps, check_flag
+from normkern.conv_norm import _check_call, _pair, convolve
 from normkern.nn.norm import BatchNorm2d
 
 _EVAL_MODES = ("current", "ema")
@@ -85,7 +85,7 @@ class ConvNorm2d(torch.nn.Conv2d):
                 f"{name}: padding must be at most dilation * (kernel_size - 1); got padding={padding}, "
                 f"kernel_size={kernel_size} and dilation={dilation}"
             )
-        self.eps = _check_eps(name, eps)
+        self.eps = check_eps(name, eps)
         self.eval_mode, self.affine_init = eval_mode, affine_init
         self.through_preconditioner = through_preconditioner
         where = {"device": device, "dtype": dtype}
