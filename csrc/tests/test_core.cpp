@@ -6,6 +6,7 @@
 
 #include "../core/accumulate.h"
 #include "../core/half.h"
+#include "../core/parts.h"
 #include "../core/problem.h"
 #include "check.h"
 
@@ -178,6 +179,18 @@ void half_types() {
   for (int bits = 0x7c01; bits < 0x8000; ++bits) check(std::isnan(to_float(f16{uint16_t(bits)})), "f16 NaN %04x", bits);
 }
 
+// Every index of every part, also next to parts that cover none.
+void parts() {
+  const std::vector<std::vector<int64_t>> sizes = {{1}, {3, 1, 4}, {0, 2, 0, 0, 5, 0}, {1 << 20, 1, 1 << 20}};
+  for (const auto& each : sizes) {
+    std::vector<int64_t> starts = {0};
+    for (int64_t size : each) starts.push_back(starts.back() + size);
+    for (int part = 0; part < int(each.size()); ++part)
+      for (int64_t i : {starts[part], starts[part] + each[part] / 2, starts[part + 1] - 1})
+        if (each[part]) check(part_of(starts.data(), int(each.size()), i) == part, "part of %lld", (long long)i);
+  }
+}
+
 }  // namespace
 }  // namespace normkern::test
 
@@ -185,5 +198,6 @@ int main() {
   normkern::test::domains();
   normkern::test::accumulators();
   normkern::test::half_types();
+  normkern::test::parts();
   return normkern::test::report("test_core");
 }
