@@ -21,7 +21,7 @@ from torch import Tensor
 import normkern
 from normkern import backends
 from normkern.backends import BACKENDS, triton_plan, triton_tuning
-from normkern.backends import triton as backend
+from normkern.backends import triton_launch as backend
 from normkern.backends.triton import Triton
 from normkern.backends.triton_plan import DEFAULT, TUNINGS
 
@@ -253,7 +253,7 @@ class TestInterpreter:
         """A kernel whose programs read `each` elements of var and write as many of out, up to 8."""
         import triton.language as tl
 
-        kernel = backend._kernels().prepare[(8 // each,)]
+        kernel = backend.kernels().prepare[(8 // each,)]
         kernel(None, var, None, None, out, groups=8, EPS=0.0, A=tl.float32, G=each)
 
     def test_accesses_out_of_bounds_are_errors(self) -> None:

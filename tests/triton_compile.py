@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from normkern import problem
-from normkern.backends import triton as backend
 from normkern.backends import triton_kernels, triton_spectral_kernels, triton_spectrum
+from normkern.backends import triton_launch as backend
 from normkern.backends.triton_plan import Chip
 from normkern.problem import Act, Moments, Problem
 
@@ -96,12 +96,12 @@ def recorded(chip: Chip) -> Iterator[list[Launch]]:
     """Calls of the backend launch nothing; on meta tensors they cost nothing."""
     launches: list[Launch] = []
     kernels = type("Kernels", (), {name: Recorder(name, launches) for name in KERNELS})
-    before = backend._kernels, backend.chip_of
-    backend._kernels, backend.chip_of = lambda: kernels, lambda device: chip  # type: ignore[assignment]
+    before = backend.kernels, backend.chip_of
+    backend.kernels, backend.chip_of = lambda: kernels, lambda device: chip  # type: ignore[assignment]
     try:
         yield launches
     finally:
-        backend._kernels, backend.chip_of = before  # type: ignore[assignment]
+        backend.kernels, backend.chip_of = before  # type: ignore[assignment]
 
 
 def signature(kernel: Any, arguments: dict[str, Any], aligned: bool) -> tuple[dict[str, str], dict[str, Any], Any]:
