@@ -14,7 +14,7 @@ import torch
 from cases import Case, smoke
 from conftest import Setup
 from test_backends import Spy, python
-from test_compile import operator_calls
+from test_compile import operator_calls, operator_of
 from test_norms import check
 from torch import Tensor
 
@@ -107,7 +107,7 @@ def test_devices_of_others_are_refused() -> None:
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
     """Schema, autograd registration, fake tensors, and tracing with symbolic sizes."""
     for name, arguments in operator_calls(layout, dtype).items():
-        operator = getattr(torch.ops.normkern_triton, name.split("_")[0]).default
+        operator = operator_of(torch.ops.normkern_triton, name)
         moved = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments]
         done = torch.library.opcheck(operator, tuple(moved))
         assert set(done.values()) == {"SUCCESS"}, (name, done)

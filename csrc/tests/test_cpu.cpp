@@ -3,6 +3,7 @@
 // The whole table runs on one thread, on a pool that runs its tasks backwards, and on real threads. NORMKERN_CPU picks
 // the instruction set.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -473,6 +474,65 @@ void exact_properties() {
   }
 }
 
+// Forward of a sum is forward of what torch would have added up, with the same bits, whatever part of it a task meets;
+// backward adds a gradient to dx before the one rounding.
+void sums() {
+  for (const auto& [n, c, s, g] : {std::array<int64_t, 4>{1, 1, 1, 1},
+                                   {2, 12, 49, 3},
+                                   {1, 40, 33, 4},
+                                   {2, 64, 577, 2},
+                                   {1, 4100, 17, 41},
+                                   {1, 2, 70001, 1}})
+    for (const Geometry& geometry : geometries(n, c, s, g))
+      for (DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
+        if (geometry.moments == Moments::given) continue;
+        Case whole = make(geometry, dtype, 3, Act::none, 5);
+        const int64_t numel = geometry.stats.numel(), groups = geometry.stats.groups();
+        const Vector x = normal_vector(dtype, numel, 100), add = normal_vector(dtype, numel, -95),
+                     dtotal = normal_vector(dtype, numel);
+        for (int64_t i = 0; i < numel; ++i) {
+          // Half types are added in float32 and rounded once more, as torch does.
+          const double sum = dtype == DType::f64 ? x[i] + add[i] : double(float(x[i]) + float(add[i]));
+          whole.x.set(i, sum);
+        }
+        const Truth t = truth(whole);
+        for (const cpu::Threads& threads : kPools) {
+          Vector total(dtype, numel), y[2], mean[2], var[2];
+          for (int i = 0; i < 2; ++i) {
+            y[i] = Vector(dtype, numel);
+            mean[i] = var[i] = Vector(DType::f64, groups, 0);
+            ForwardArgs f;
+            f.x = i ? x.data() : whole.x.data();
+            if (i) f.add = add.data(), f.total = total.data();
+            f.weight = {whole.weight.data(), whole.weight.dtype};
+            f.bias = {whole.bias.data(), whole.bias.dtype};
+            f.y = y[i].data();
+            f.mean_out = geometry.moments == Moments::second ? nullptr : static_cast<double*>(mean[i].data());
+            f.var_out = static_cast<double*>(var[i].data());
+            cpu::forward(whole.p, f, threads);
+          }
+          check(total.bytes == whole.x.bytes, "%s: the sum", whole.name.c_str());
+          check(y[0].bytes == y[1].bytes && mean[0].bytes == mean[1].bytes && var[0].bytes == var[1].bytes,
+                "%s: the norm of a sum", whole.name.c_str());
+          Vector dx(dtype, numel), dweight(DType::f64, geometry.affine.groups());
+          BackwardArgs b;
+          b.dy = whole.dy.data();
+          b.dtotal = dtotal.data();
+          b.x = whole.x.data();
+          b.weight = {whole.weight.data(), whole.weight.dtype};
+          b.mean = {geometry.moments == Moments::second ? nullptr : mean[0].data(), DType::f64};
+          b.var = {var[0].data(), DType::f64};
+          b.dx = dx.data();
+          b.dweight = {dweight.data(), DType::f64};
+          cpu::backward(whole.p, b, threads);
+          std::vector<Real> both = t.dx, scale = t.dx_scale;
+          for (int64_t i = 0; i < numel; ++i) both[i] += dtotal[i], scale[i] += std::fabs(dtotal[i]);
+          near("dx + dtotal", whole, dx, both, scale, computed_in(whole.p));
+          near("dweight beside dtotal", whole, dweight, t.dweight, t.dweight_scale, computed_in(whole.p));
+        }
+      }
+}
+
 // The first value of a chunk is what its sums are relative to: it must not matter which one it is.
 void outlier_first() {
   for (double outlier : {1e4, 1e8, 1e15}) {
@@ -540,6 +600,7 @@ int main() {
   normkern::test::short_tile_first();
   normkern::test::offsets();
   normkern::test::correctly_rounded();
+  normkern::test::sums();
   normkern::test::table();
   return normkern::test::report("test_cpu");
 }

@@ -110,11 +110,10 @@ def _add_forward_op(
     stats: list[int],
     affine: list[int],
     kind: int,
-    act: int,
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return triton_launch.add_forward(_problem(stats, affine, kind, act, eps), x, add, weight, bias, save)
+    return triton_launch.add_forward(_problem(stats, affine, kind, 0, eps), x, add, weight, bias, save)
 
 
 @_add_forward_op.register_fake
@@ -126,7 +125,6 @@ def _(
     stats: list[int],
     affine: list[int],
     kind: int,
-    act: int,
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,11 +144,10 @@ def _add_backward_op(
     stats: list[int],
     affine: list[int],
     kind: int,
-    act: int,
     eps: float,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(stats, affine, kind, act, eps)
+    problem = _problem(stats, affine, kind, 0, eps)
     dx, dweight, dbias, _ = triton_launch.backward(problem, dy, x, weight, bias, None, mean, var, needs, dtotal=dtotal)
     return dx, dweight, dbias
 
@@ -167,7 +164,6 @@ def _(
     stats: list[int],
     affine: list[int],
     kind: int,
-    act: int,
     eps: float,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,7 +255,8 @@ class Triton:
         self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            y, total, mean, var = _add_forward_op(x, add, weight, bias, *_sizes(problem), save)
+            stats, affine, kind, _, eps = _sizes(problem)
+            y, total, mean, var = _add_forward_op(x, add, weight, bias, stats, affine, kind, eps, save)
             return y, total, mean, var
         return triton_launch.add_forward(problem, x, add, weight, bias, save, self.split)
 
@@ -276,7 +273,10 @@ class Triton:
         needs: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            dx, dweight, dbias = _add_backward_op(dy, dtotal, x, weight, bias, mean, var, *_sizes(problem), needs)
+            stats, affine, kind, _, eps = _sizes(problem)
+            dx, dweight, dbias = _add_backward_op(
+                dy, dtotal, x, weight, bias, mean, var, stats, affine, kind, eps, needs
+            )
             return dx, dweight, dbias
         return triton_launch.backward(problem, dy, x, weight, bias, None, mean, var, needs, self.split, dtotal)[:3]
 
