@@ -197,10 +197,12 @@ class _Recorder:
     def backward(self, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise AssertionError("explain calls no backward")
 
-    def add_forward(self, problem: Problem, x: Tensor, _: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    def add_forward(
+        self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self.is_sum = True
-        y, *moments = self.forward(problem, x, *others)
-        return y, torch.empty_like(x), *moments
+        y, mean, var = self.forward(problem, x, weight, bias)
+        return y, torch.empty_like(x), mean, var
 
     def add_backward(self, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         raise AssertionError("explain calls no backward")
