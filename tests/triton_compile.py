@@ -325,6 +325,22 @@ def variants() -> Iterator[tuple[str, Callable[[], Any]]]:
                         backend.backward(p, x, x, *params, m, m, n if params[0] is not None else n & 9, split)
                     ),
                 )
+    for dtype, second, split in (
+        (torch.bfloat16, False, False),
+        (torch.float16, True, False),
+        (torch.float32, True, True),
+        (torch.float64, False, True),
+    ):
+        x = meta(64, 1000, dtype=dtype)
+        sums = problem.layer((64, 1000), x.stride(), 1, second=second)
+        moments = meta(64, dtype=torch.float64)
+        yield f"{dtype} sum", lambda p=sums, x=x, split=split: backend.add_forward(p, x, x, None, None, True, split)
+        yield (
+            f"{dtype} sum",
+            lambda p=sums, x=x, m=moments, split=split: (
+                backend.backward(p, x, x, None, None, None, m, m, 1, split, x)
+            ),
+        )
     wide = meta(1 << 20, 4096, dtype=torch.bfloat16)
     images = meta(64, 320, 512, 512, dtype=torch.bfloat16)
     for x, found_wide in (
