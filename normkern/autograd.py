@@ -239,7 +239,8 @@ def normalize_sum(
             run = _NormalizeSum.apply
             if add is x:  # which torch.compile does not accept
                 add = x.view_as(x)
-        return run(problem, backend, x, add, weight, bias)  # type: ignore[no-any-return]
+        y, total = run(problem, backend, x, add, weight, bias)
+        return y, total if x.requires_grad or add.requires_grad else total.detach()
     return backend.add_forward(problem, x, add, weight, bias, False)[:2]
 
 
