@@ -215,6 +215,9 @@ def test_gradcheck_of_sums(backend: Setup, function: str) -> None:
 
     assert gradcheck(f, leaves, fast_mode=backend.simulated)
     assert gradgradcheck(f, leaves, fast_mode=True)
+    given = residual.detach(), x.detach().cos()
+    plain = torch.autograd.grad(f(*leaves), leaves, given)
+    torch.testing.assert_close(torch.autograd.grad(f(*leaves), leaves, given, create_graph=True), plain)
     (twice,) = torch.autograd.grad(f(x, x, weight)[0].square().sum(), x)
     (once,) = torch.autograd.grad(f(x, x.detach(), weight)[0].square().sum(), x)
     torch.testing.assert_close(twice, 2 * once)
