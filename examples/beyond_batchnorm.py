@@ -40,9 +40,12 @@ BATCH = 64
 BLOCKS = 20
 WIDTH, DEPTH = 32, 10  # of the plain networks
 SIZES = (1, 2, 4, 8, 16, 32)  # channels to a group
-RATE = 0.05
+RATE = 0.05  # the largest, of all networks
+WARM_UP = 0.25  # of the training; the paper warms up for filter response norm alone, for 5 epochs
+SPEED_EPOCHS = 3  # of the plain networks, at a constant rate
 
 Norm = Callable[[int], nn.Module]
+SKIP_INIT = ", SkipInit"  # ends the names of methods whose residual branches have a factor that begins at 0
 # What stands before a convolution, norm and activation, and the kind of convolution.
 METHODS: dict[str, tuple[Norm, type[nn.Conv2d]]] = {
     "batch norm": (lambda c: layers.BatchNorm2d(c, act="relu"), nn.Conv2d),
@@ -57,6 +60,7 @@ METHODS: dict[str, tuple[Norm, type[nn.Conv2d]]] = {
     "scaled WS": (lambda _: nn.ReLU(), layers.ScaledWSConv2d),
     "none": (lambda _: nn.ReLU(), nn.Conv2d),
 }
+METHODS |= {f"{name}{SKIP_INIT}": METHODS[name] for name in ("weight norm", "scaled WS")}
 
 
 def convolution(kind: type[nn.Conv2d], cin: int, cout: int, stride: int = 1) -> nn.Conv2d:
@@ -74,9 +78,11 @@ class Block(nn.Module):
         self.before, self.between = norm(cin), norm(cout)
         same = cin == cout and stride == 1
         self.short = nn.Identity() if same else convolution(kind, cin, cout, stride)
+        self.factor = nn.Parameter(torch.zeros(())) if method.endswith(SKIP_INIT) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.between(self.first(self.before(x)))) + self.short(x)  # type: ignore[no-any-return]
+        y = self.second(self.between(self.first(self.before(x))))
+        return (y if self.factor is None else y * self.factor) + self.short(x)  # type: ignore[no-any-return]
 
 
 class ResNet(nn.Module):
@@ -104,10 +110,19 @@ class Plain(nn.Sequential):
         super().__init__(*(layer for pair in for_each for layer in pair), *pooled)
 
 
-def train(model: nn.Module, data: Images, epochs: int, seed: int, rate: float) -> list[float]:
-    """The training accuracy of every epoch, over its own batches; nan from where the loss is not finite."""
+def train(model: nn.Module, data: Images, epochs: int, seed: int, *, constant: bool = False) -> list[float]:
+    """The training accuracy of every epoch, over its own batches; nan from where the loss is not finite.
+
+    The rate rises over WARM_UP and falls to 0, both along a cosine, unless it is `constant`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=1e-4)
+    steps = epochs * (len(data.y) // BATCH)
+    schedule = (
+        torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        if constant
+        else torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=WARM_UP, cycle_momentum=False)
+    )
     found = []
     model.train()
     for _ in range(epochs):
@@ -120,6 +135,7 @@ def train(model: nn.Module, data: Images, epochs: int, seed: int, rate: float) -
                 return found + [float("nan")] * (epochs - len(found))
             loss.backward()
             optimizer.step()
+            schedule.step()
             right += int((logits.argmax(1) == data.y[index]).sum())
         found.append(right / (len(order) // BATCH * BATCH))
     model.eval()
@@ -145,7 +161,7 @@ def variances(method: str, data: Images, seed: int, out: Results) -> None:
         out.add(data.name, method, f"block {block}", "variance to that of block 1", seed, row.variance / first)
 
 
-def by_group_size(size: int, data: Images, seed: int, epochs: int, out: Results) -> None:
+def by_group_size(size: int, data: Images, seed: int, out: Results) -> None:
     torch.manual_seed(seed)
     model, method = Plain(size), f"group size {size}"
     x, y = data.x[:BATCH], data.y[:BATCH]
@@ -163,20 +179,22 @@ def by_group_size(size: int, data: Images, seed: int, epochs: int, out: Results)
             seed,
             slope**2 / slopes[-1] ** 2,
         )
-    curve = train(model, data, epochs, seed, RATE)
+    curve = train(model, data, SPEED_EPOCHS, seed, constant=True)
     out.add(data.name, method, "mean over epochs", "training accuracy", seed, sum(curve) / len(curve))
 
 
 def family(method: str, data: Images, seed: int, epochs: int, out: Results) -> None:
     torch.manual_seed(seed)
     model = ResNet(method, (16, 16, 32))
-    for epoch, right in enumerate(train(model, data, epochs, seed, RATE), start=1):
+    for epoch, right in enumerate(train(model, data, epochs, seed), start=1):
         out.add(data.name, method, f"epoch {epoch}", "training accuracy", seed, right)
     out.add(data.name, method, "trained", "test accuracy", seed, accuracy(model, data.test_x, data.test_y))
 
 
 def run(arguments: argparse.Namespace, console: Console) -> Results:
     out, data = Results(), digits()
+    mean, std = data.x.mean(), data.x.std()
+    data.x, data.test_x = (data.x - mean) / std, (data.test_x - mean) / std
     columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=arguments.seeds * (2 * len(METHODS) + len(SIZES)))
@@ -190,7 +208,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Results:
                 progress.advance(task)
             for size in SIZES:
                 progress.update(task, description=f"group size {size}, seed {seed}")
-                by_group_size(size, data, seed, arguments.epochs, out)
+                by_group_size(size, data, seed, out)
                 progress.advance(task)
     return out
 
@@ -279,10 +297,12 @@ def main(given: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("examples/results"), help="directory of the CSV and the figure"
     )
     parser.add_argument("--seeds", type=int, help="default 5, with --quick 1")
-    parser.add_argument("--epochs", type=int, help="default 3, with --quick 2; an epoch is 22 steps of 64 images")
+    parser.add_argument(
+        "--epochs", type=int, help="of the family, default 20, with --quick 2; an epoch is 22 steps of 64 images"
+    )
     arguments = parser.parse_args(given)
     arguments.seeds = arguments.seeds or (1 if arguments.quick else 5)
-    arguments.epochs = arguments.epochs or (2 if arguments.quick else 3)
+    arguments.epochs = arguments.epochs or (2 if arguments.quick else 20)
     console = Console()
     out = run(arguments, console)
     show(out, console)

@@ -60,12 +60,12 @@ struct FusedForward {
   double *mean_out, *var_out;
 };
 
-template <class T, int V, bool C>
-__global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_forward(const FusedForward<T, V> f) {
+// What one block does.
+template <bool C, class T, int V>
+NK_DEVICE void forward_units(const FusedForward<T, V>& f, unsigned char* memory) {
   using A = Compute<T>;
   using Access = Vec<T, V>;
   constexpr int N = C ? V : 1;
-  NK_DYNAMIC_SHARED(unsigned char, memory);
   Seat<T, V> seat(f.teams, memory);
   Stager stager(seat, f.teams.team.stages, [&](const Chunk& c, Access* at) { stage_chunk<T, V>(at, f.x, c); });
   const double count = double(f.teams.count);
@@ -175,6 +175,12 @@ __global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_for
     });
   }
   seat.part();
+}
+
+template <class T, int V, bool C>
+__global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_forward(const FusedForward<T, V> f) {
+  NK_DYNAMIC_SHARED(unsigned char, memory);
+  forward_units<C>(f, memory);
 }
 
 }  // namespace normkern::cuda
