@@ -7,7 +7,6 @@ one by one; so does all that torch.compile, torch.func, DTensors and forward-mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -152,7 +151,9 @@ class _Standardize(torch.autograd.Function):
             0 if dy is None else NEED_DX * want_x | NEED_DWEIGHT * want_gain
             for dy, (want_x, want_gain) in zip(dys, wanted, strict=True)
         ]
-        dense = [same_buffer(dy, w) if dy is not None and n else none for dy, w, n in zip(dys, weights, needs)]
+        dense = [
+            same_buffer(dy, w) if dy is not None and n else none for dy, w, n in zip(dys, weights, needs, strict=True)
+        ]
         factors = _factors(weights, gains, ctx.scales)
         dxs, dfactors = ctx.backend.standardize_backward(dense, weights, factors, mean, var, ctx.eps, needs)
         dgains = [d if n & NEED_DWEIGHT else None for d, n in zip(dfactors, needs, strict=True)]
@@ -173,7 +174,7 @@ def _factors(weights: Sequence[Tensor], gains: Gains, scales: Sequence[float]) -
         w.new_empty(0) if g is None and scale == 1.0 else _ones(w) if g is None else g
         for w, g, scale in zip(weights, gains, scales, strict=True)
     ]
-    return factors if all(scale == 1.0 for scale in scales) else torch._foreach_mul(factors, scales)
+    return factors if all(scale == 1.0 for scale in scales) else list(torch._foreach_mul(factors, scales))
 
 
 def _ones(w: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def _differentiable(
     dgs: list[Tensor | None] = []
     for w, g, scale, (want_x, want_gain), dy in zip(weights, gains, scales, wanted, dys, strict=True):
         targets = [t for t, want in ((w, want_x), (g, want_gain)) if want and t is not None]
-        got = iter(())
+        got: Iterator[Tensor] = iter(())
         if dy is not None and targets:
             with torch.enable_grad():
                 y = weight_standardize(w, _ones(w) * scale if g is None else g * scale, eps)
@@ -204,7 +205,9 @@ def _differentiable(
     return [*dws, *dgs]
 
 
-def _standardize(weights: list[Tensor], gains: list[Tensor | None], scales: list[float], eps: float) -> Sequence[Tensor]:
+def _standardize(
+    weights: list[Tensor], gains: list[Tensor | None], scales: list[float], eps: float
+) -> Sequence[Tensor]:
     backend = cast(Standardizer, _standardizer(weights[0]))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *gains)):
         return _Standardize.apply(backend, eps, scales, *weights, *gains)  # type: ignore[no-any-return,no-untyped-call]

@@ -115,8 +115,8 @@ def test_lp_derivatives(p: float, channels_last: bool) -> None:
         assert run(*leaves).stride() == x.stride()
         assert gradcheck(run, leaves)
         assert gradgradcheck(run, leaves)
-        running = torch.rand(2, 2, generator=g, dtype=torch.float64) + 1
-        assert gradcheck(lambda *t: F.lp_batch_norm(t[0], *running, *t[1:], p=p), leaves)
+    running = torch.rand(2, 2, generator=g, dtype=torch.float64) + 1
+    assert gradcheck(lambda *t: F.lp_batch_norm(t[0], *running, *t[1:], p=p), leaves)
 
 
 def test_noise_derivatives() -> None:

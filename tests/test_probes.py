@@ -189,6 +189,7 @@ def test_recorder_follows_training(net: Net) -> None:
     net(other[0])  # not recorded
     rows = recorder.result.layers
     assert [row.step for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [row.call for row in rows] == [0, 0, 0, 1] * 3  # calls of a layer are counted anew in every step
     assert all(row.gradient_norm is not None for row in rows if row.layer in ("first", "second"))
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     for seed in range(3):
@@ -200,6 +201,9 @@ def test_recorder_follows_training(net: Net) -> None:
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
     recorder.clear()
     assert recorder.result.layers == ()
+    with torch.no_grad(), recorder:
+        net(other[0])
+    assert {row.step for row in recorder.result.layers} == {0}
 
 
 def test_recorder_at_functions_and_fused_activations() -> None:
@@ -216,6 +220,22 @@ def test_recorder_at_functions_and_fused_activations() -> None:
     with torch.no_grad(), probes.record_activations(model) as recorder:
         model(x)
     assert all(row.gradient_norm is None for row in recorder.result.layers)
+    ends = nn.Sequential(
+        normkern.nn.FilterResponseNorm2d(1), normkern.nn.EvoNorm2dS0(1, 1), normkern.nn.EvoNorm2dB0(1),
+        normkern.nn.FilterResponseNorm2d(1, tlu=False), normkern.nn.ScaledReLU(),
+    )  # fmt: skip
+    assert [row.layer for row in probes.activations(ends, lambda: ends(x).sum()).layers] == ["0", "1", "2", "4"]
+
+
+def test_samples_that_count_for_similarity() -> None:
+    model, (x, _) = nn.ReLU(), batch()
+    x.requires_grad_()
+    few, first = (
+        probes.activations(model, lambda x=x: model(x).sum(), samples=samples).layers[0]  # type: ignore[misc]
+        for x, samples in ((x, 3), (x[:3], 12))
+    )
+    assert (few.similarity, few.stable_rank) == (first.similarity, first.stable_rank)
+    assert few.variance != first.variance
 
 
 def test_degenerate_activations() -> None:
@@ -281,6 +301,14 @@ def test_landscape_has_the_same_noise_at_every_step(net: Net) -> None:
     assert all(row.gradient_cosine > 0.999 for row in found.steps)
 
 
+def test_landscape_measures_the_step_that_was_taken() -> None:
+    """Rounding may leave nothing of it."""
+    found = probes.landscape(model := Quadratic().float(), model, [1e-9, 0.1])
+    assert found.steps[0].distance == 0
+    assert found.steps[1].distance > 0
+    assert math.isnan(found.beta_smoothness)
+
+
 def test_landscape_that_leaves_the_finite() -> None:
     model = Quadratic()
     found = probes.landscape(model, lambda: model().exp().log(), [1e-3, 1e4])
@@ -315,6 +343,21 @@ def test_covariate_shift_by_definition(net: Net) -> None:
         assert row.cosine == pytest.approx(float(F.cosine_similarity(g, moved, 0)), rel=1e-5)
     assert rows[0].l2 == 0  # nothing lies below the first layer
     assert rows[2].l2 > 0
+
+
+def test_covariate_shift_of_nothing(net: Net) -> None:
+    """The same noise at every pass: without an update there is no shift, dropout or not."""
+    with probes.covariate_shift(net, closure(net)) as shift:
+        pass
+    assert [row.l2 for row in shift.result.layers] == [0] * 4
+
+
+def test_covariate_shift_counts_tied_weights_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False), nn.Linear(3, 1))
+    model[2].weight = model[0].weight
+    with probes.covariate_shift(model, lambda: model(torch.ones(2, 3)).sum()) as shift:
+        update(model)
+    assert [row.layer for row in shift.result.layers] == ["0", "3"]
 
 
 def test_covariate_shift_of_some_layers(net: Net) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import in_layout
 from ranks import Ranks
-from test_family import C, EPS, half_ulp, unit
+from test_family import EPS, C, half_ulp, unit
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -22,7 +22,16 @@ from normkern.standardize import Standardizer, weight_standardize_all
 
 RELU_GAIN = math.sqrt(2 * math.pi / (math.pi - 1))
 # 1x1 and 7x7 kernels, one output channel, fan-ins of 1 and 4608, a linear layer, a 1-D one; lines that fill no access.
-SHAPES = ((8, 4, 1, 1), (1, 3, 7, 7), (5, 1, 1, 1), (3, 512, 3, 3), (33, 70), (6, 5, 3), (2, 3, 2, 2, 2), (40, 64, 1, 1))
+SHAPES = (
+    (8, 4, 1, 1),
+    (1, 3, 7, 7),
+    (5, 1, 1, 1),
+    (3, 512, 3, 3),
+    (33, 70),
+    (6, 5, 3),
+    (2, 3, 2, 2, 2),
+    (40, 64, 1, 1),
+)
 
 
 def weights_of(
@@ -208,9 +217,17 @@ def test_transforms_and_compile() -> None:
 def test_errors() -> None:
     w = torch.randn(2, 3)
     for call, error, text in (
-        (lambda: weight_standardize_all([w], [None, None]), ValueError, "gains must be as many as weights; got 2 and 1"),
+        (
+            lambda: weight_standardize_all([w], [None, None]),
+            ValueError,
+            "gains must be as many as weights; got 2 and 1",
+        ),
         (lambda: weight_standardize_all([w, w[0]]), RuntimeError, "weight_standardize_all: input must have at least 2"),
-        (lambda: weight_standardize_all([w], [torch.ones(3)]), RuntimeError, r"gain must have shape \(2,\); got \(3,\)"),
+        (
+            lambda: weight_standardize_all([w], [torch.ones(3)]),
+            RuntimeError,
+            r"gain must have shape \(2,\); got \(3,\)",
+        ),
         (lambda: weight_standardize_all([w], eps=-1.0), ValueError, "eps must be at least 0"),
         (lambda: weight_standardize_all([w], variant="x"), ValueError, "variant must be one of"),
     ):
@@ -249,7 +266,10 @@ def test_together(operators: list[tuple[str, int]]) -> None:
         assert torch.equal(y, want)
         y.square().sum().backward()
         want.square().sum().backward()
-    assert operators == [("standardize", 2), ("standardize", 1), ("standardize_backward", 1), ("standardize_backward", 2)] * 2
+    assert (
+        operators
+        == [("standardize", 2), ("standardize", 1), ("standardize_backward", 1), ("standardize_backward", 2)] * 2
+    )
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert all(m._lent is None for m in model if isinstance(m, normkern.nn.WSConv2d))
@@ -340,9 +360,7 @@ def in_pieces(rank: int, shape: tuple[int, ...], dim: int | None, scaled: bool) 
         distribute_tensor(t.detach(), mesh, [Replicate() if d is None else Shard(d)]).requires_grad_()
         for t, d in zip(plain, (dim, 0 if dim == 0 else None), strict=True)
     ]
-    want, found = (
-        weight_standardize_all([w], [g], EPS, scaled=scaled)[0] for w, g in (plain, parts)
-    )
+    want, found = (weight_standardize_all([w], [g], EPS, scaled=scaled)[0] for w, g in (plain, parts))
     wants = [want, *torch.autograd.grad(want, plain, dy)]
     founds = [found, *torch.autograd.grad(found, parts, distribute_tensor(dy, mesh, [Replicate()]))]
     return [(a.full_tensor().detach(), b.detach()) for a, b in zip(founds, wants, strict=True)]
