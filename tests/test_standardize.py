@@ -156,7 +156,8 @@ def test_one_call_for_a_dtype(operators: list[tuple[str, int]]) -> None:
 
 @pytest.mark.parametrize("name", ["native", "eager"])
 def test_derivatives(name: str) -> None:
-    weights, gains, _ = weights_of(torch.float64, ((2, 3, 2, 1), (3, 4), (2, 2, 2)))
+    weights, gains, dys = weights_of(torch.float64, ((2, 3, 2, 1), (3, 4), (2, 2, 2)))
+    leaves = [*weights, *present(gains)]
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         it = iter(tensors[3:])
@@ -165,8 +166,11 @@ def test_derivatives(name: str) -> None:
         )
 
     with normkern.use_backend(name):
-        assert gradcheck(run, [*weights, *present(gains)])
-        assert gradgradcheck(run, [*weights, *present(gains)], fast_mode=True)
+        assert gradcheck(run, leaves)
+        assert gradgradcheck(run, leaves, fast_mode=True)
+        once, again = (torch.autograd.grad(run(*leaves), leaves, dys, create_graph=more) for more in (False, True))
+    for a, b in zip(once, again, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_frozen_shared_and_unused(operators: list[tuple[str, int]]) -> None:
