@@ -1,22 +1,15 @@
 // ops_standardize_cpu.cpp: the schemas of the operators that standardize many weights, and what they are on the CPU.
-#include <torch/csrc/stable/ops.h>
-
 #include "../cpu/standardize.h"
 #include "standardize.h"
+#include "torch_threads.h"
 
 namespace normkern::bind {
 namespace {
 
-void run_on_torch_threads(int64_t tasks, void (*task)(void* state, int64_t index), void* state) {
-  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(state, i);
-  });
-}
-
 struct StandardizeCpu {
   template <class Part>
   static void run(const Standardize<Part>& a, const Tensor&) {
-    cpu::standardize(a, {int64_t(torch::stable::get_num_threads()), run_on_torch_threads});
+    cpu::standardize(a, torch_threads());
   }
 };
 
