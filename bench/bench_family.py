@@ -160,14 +160,18 @@ def on_maps(sheet: Sheet, timm: Any, quick: bool, dtypes: tuple[torch.dtype, ...
                     report(sheet, name, "shape", text, str(dtype).removeprefix("torch."), place, times)
 
 
-def on_kernels(sheet: Sheet, timm: Any, quick: bool) -> None:
-    """All kernels of ResNet-50, standardized with a gain, as timm's ScaledStdConv2d does it."""
+def on_kernels(sheet: Sheet, quick: bool) -> None:
+    """All kernels of ResNet-50, standardized with a gain, as timm's ScaledStdConv2d does it: one by one, and ours in
+    one call."""
     weights = [torch.randn(o, i, k, k).requires_grad_() for o, i, k in resnet50()]
     gains = [torch.ones(w.shape[0], 1, 1, 1).requires_grad_() for w in weights]
     dys = [torch.randn_like(w) for w in weights]
 
+    def backward(ys: list[Tensor]) -> object:
+        return torch.autograd.grad(ys, [*weights, *gains], dys)
+
     def step(f: Callable[[Tensor, Tensor], Tensor]) -> object:
-        return torch.autograd.grad([f(w, g) for w, g in zip(weights, gains, strict=True)], [*weights, *gains], dys)
+        return backward([f(w, g) for w, g in zip(weights, gains, strict=True)])
 
     def as_timm(w: Tensor, g: Tensor) -> Tensor:
         scale = w[0].numel() ** -0.5
@@ -175,14 +179,14 @@ def on_kernels(sheet: Sheet, timm: Any, quick: bool) -> None:
         y = nn.functional.batch_norm(flat, None, None, (g * scale).view(-1), training=True, momentum=0.0, eps=EPS)
         return y.reshape_as(w)
 
-    steps: dict[str, Step] = {
-        "normkern": lambda: step(lambda w, g: normkern.weight_standardize(w, g, EPS, scaled=True)),
-        "torch": lambda: step(standardize),
-        "timm": lambda: step(as_timm),
+    ours: dict[str, Step] = {
+        "weight_standardize_all": lambda: backward(normkern.weight_standardize_all(weights, gains, EPS, scaled=True)),
+        "weight_standardize": lambda: step(lambda w, g: normkern.weight_standardize(w, g, EPS, scaled=True)),
     }
-    report(
-        sheet, "weight_standardize", "network", "resnet50", "float32", "contiguous", rounds(steps, 2 if quick else 15)
-    )
+    for name, own in ours.items():
+        steps: dict[str, Step] = {"normkern": own, "torch": lambda: step(standardize), "timm": lambda: step(as_timm)}
+        times = rounds(steps, 2 if quick else 15)
+        report(sheet, name, "network", "resnet50", "float32", "contiguous", times)
 
 
 def main() -> None:
@@ -195,7 +199,7 @@ def main() -> None:
     keep_memory()
     torch.manual_seed(0)
     sheet, timm = Sheet(options.csv), timm_layers()
-    on_kernels(sheet, timm, options.quick)
+    on_kernels(sheet, options.quick)
     on_maps(sheet, timm, options.quick, (torch.float32,) if options.quick else (torch.float32, torch.bfloat16))
 
 

@@ -25,6 +25,7 @@ from normkern.functional import (
     weight_center,
     weight_norm,
     weight_standardize,
+    weight_standardize_all,
 )
 from normkern.nn.affine import norm_parameters, register_norm
 from normkern.nn.conv import convert_conv_norm
@@ -68,4 +69,5 @@ __all__ = [
     "weight_center",
     "weight_norm",
     "weight_standardize",
+    "weight_standardize_all",
 ]

@@ -490,6 +490,7 @@ from normkern.family import (  # noqa: E402
     paper_group_norm,
     variance_norm,
 )
+from normkern.standardize import weight_standardize_all  # noqa: E402
 from normkern.weights import scaled_relu, weight_center, weight_norm, weight_standardize  # noqa: E402
 
 __all__ = [
@@ -512,4 +513,5 @@ __all__ = [
     "weight_center",
     "weight_norm",
     "weight_standardize",
+    "weight_standardize_all",
 ]

@@ -90,9 +90,14 @@ def weight_standardize(
     return _normalize(weight, dense, found, factors, None, None, call=call)[0]
 
 
+def _scale(weight: Tensor) -> float:
+    """What scaled weight standardization multiplies a standardized weight by."""
+    return RELU_GAIN / math.sqrt(max(math.prod(weight.shape[1:]), 1))
+
+
 def _factors(weight: Tensor, gain: Tensor | None, scaled: bool) -> Tensor | None:
     """What each standardized channel is multiplied by, (Cout,)."""
-    scale = RELU_GAIN / math.sqrt(max(math.prod(weight.shape[1:]), 1)) if scaled else 1.0
+    scale = _scale(weight) if scaled else 1.0
     if isinstance(gain, Tensor):
         gain = gain.reshape(-1)
         return gain * scale if scaled else gain

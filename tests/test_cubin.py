@@ -107,10 +107,10 @@ def by_columns(name: str) -> bool:
 
 def launch_bound(name: str) -> int:
     """The most threads of a block, as the planner has them: kFusedThreads and so on in csrc/core/walk.h."""
-    if "spectral::" in name:  # these have no plan
-        text = (ROOT / "csrc" / "cuda" / "spectral.cu").read_text()
-        kind = "Lag" if "sum_lags" in name else "Spectral"
-        return int(re.findall(rf"k{kind}Threads = (\d+)", text)[0])
+    if "spectral::" in name or "standardize" in name:  # these have no plan
+        file = "spectral.cu" if "spectral::" in name else "standardize.cuh"
+        kind = "Lag" if "sum_lags" in name else "Spectral" if "spectral::" in name else "Standardize"
+        return int(re.findall(rf"k{kind}Threads = (\d+)", (ROOT / "csrc" / "cuda" / file).read_text())[0])
     text = (ROOT / "csrc" / "core" / "walk.h").read_text()
     bounds = {key.lower(): int(value) for key, value in re.findall(r"k(\w+)Threads = (\d+)", text)}
     kinds = {
@@ -128,7 +128,8 @@ def launch_bound(name: str) -> int:
 
 def test_kernels_are_there(kernels: dict[str, Kernel]) -> None:
     names = " ".join(kernels)
-    for program in ("fused_forward", "fused_backward", "reduce_rows", "reduce_columns", "map_forward", "move_running"):
+    fused = "fused_forward", "fused_backward", "standardize_forward", "standardize_backward"
+    for program in (*fused, "reduce_rows", "reduce_columns", "map_forward", "move_running"):
         assert program in names, names
 
 
@@ -161,6 +162,7 @@ def test_vectors_are_moved_whole(kernels: dict[str, Kernel]) -> None:
     full = [kernel for kernel in norms.values() if width_of(kernel.name) > 1]
     assert len(full) * 2 >= len(norms) - 3, list(kernels)  # half of the instances; the rest are for unaligned buffers
     for kernel in full:
-        assert kernel.count(r"LDG\.E(\.\w+)*\.128") >= 1, f"{kernel.name}: no 16-byte loads"
+        staged = "STS" if "standardize" in kernel.name else ""  # it reads nothing whole but what it stages
+        assert kernel.count(rf"LDG{staged}\.E(\.\w+)*\.128") >= 1, f"{kernel.name}: no 16-byte loads"
         if "reduce" not in kernel.name:
             assert kernel.count(r"STG\.E(\.\w+)*\.128") >= 1, f"{kernel.name}: no 16-byte stores"

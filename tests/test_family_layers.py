@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_family import EPS, b0, over, response, s0
 from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
 
 import normkern
 import normkern.functional as F
@@ -87,6 +88,51 @@ def test_lp_batch_norm() -> None:
     layer = normkern.nn.LpBatchNorm2d(3, math.inf, momentum=1.0, eps=0.0).double()
     layer(x)
     assert torch.allclose(layer.eval()(x), y / over(x.abs().amax((0, 2, 3)), x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_lp_derivatives(p: float, channels_last: bool) -> None:
+    """Away from the kinks: no value near 0 (p=1), one that is largest by far (p=inf), in x and around the mean."""
+    g = torch.Generator().manual_seed(3)
+    far = torch.rand(3, 2, 3, 2, generator=g, dtype=torch.float64) + 1
+    x = far * torch.tensor([1.0, -1.0]).repeat(18).view(3, 2, 3, 2).double().flip(0).cumprod(2)
+    x[1, :, 1, 1] *= 4
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    w, b = torch.rand(2, 2, generator=g, dtype=torch.float64) + 0.5
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    centred = x.detach() - x.detach().mean((0, 2, 3), keepdim=True)
+    for z in (x.detach(), centred):
+        two = z.abs().amax((0, 2, 3)), z.abs().permute(1, 0, 2, 3).reshape(2, -1).kthvalue(17).values
+        assert z.abs().min() > 0.01
+        assert (two[0] - two[1] > 0.01).all()
+    for centered in (False, True):
+
+        def run(x: Tensor, w: Tensor, b: Tensor, centered: bool = centered) -> Tensor:
+            return F.lp_batch_norm(x, None, None, w, b, True, p=p, centered=centered, unit_gaussian=True)
+
+        assert run(*leaves).stride() == x.stride()
+        assert gradcheck(run, leaves)
+        assert gradgradcheck(run, leaves)
+    running = torch.rand(2, 2, generator=g, dtype=torch.float64) + 1
+    assert gradcheck(lambda *t: F.lp_batch_norm(t[0], *running, *t[1:], p=p), leaves)
+
+
+def test_noise_derivatives() -> None:
+    """With the noise of one seed it is a line: gradients are what multiplies x, in both layouts."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(3, 2, 4, 3, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+
+        def run(x: Tensor) -> Tensor:
+            return F.batch_noise(x, generator=torch.Generator().manual_seed(5))
+
+        assert run(x).stride() == x.stride()
+        assert gradcheck(run, [x])
+        assert gradgradcheck(run, [x])
+        scale = (run(torch.ones_like(x)) - run(torch.zeros_like(x))).detach()
+        assert scale.std() > 0.01
+        assert torch.allclose(torch.autograd.grad(run(x).sum(), x)[0], scale, rtol=1e-12)
 
 
 def test_noise() -> None:

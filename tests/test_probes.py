@@ -189,6 +189,7 @@ def test_recorder_follows_training(net: Net) -> None:
     net(other[0])  # not recorded
     rows = recorder.result.layers
     assert [row.step for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [row.call for row in rows] == [0, 0, 0, 1] * 3  # calls of a layer are counted anew in every step
     assert all(row.gradient_norm is not None for row in rows if row.layer in ("first", "second"))
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     for seed in range(3):
@@ -200,6 +201,9 @@ def test_recorder_follows_training(net: Net) -> None:
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
     recorder.clear()
     assert recorder.result.layers == ()
+    with torch.no_grad(), recorder:
+        net(other[0])
+    assert {row.step for row in recorder.result.layers} == {0}
 
 
 def test_recorder_at_functions_and_fused_activations() -> None:
@@ -216,6 +220,22 @@ def test_recorder_at_functions_and_fused_activations() -> None:
     with torch.no_grad(), probes.record_activations(model) as recorder:
         model(x)
     assert all(row.gradient_norm is None for row in recorder.result.layers)
+    ends = nn.Sequential(
+        normkern.nn.FilterResponseNorm2d(1), normkern.nn.EvoNorm2dS0(1, 1), normkern.nn.EvoNorm2dB0(1),
+        normkern.nn.FilterResponseNorm2d(1, tlu=False), normkern.nn.ScaledReLU(),
+    )  # fmt: skip
+    assert [row.layer for row in probes.activations(ends, lambda: ends(x).sum()).layers] == ["0", "1", "2", "4"]
+
+
+def test_samples_that_count_for_similarity() -> None:
+    model, (x, _) = nn.ReLU(), batch()
+    x.requires_grad_()
+    few, first = (
+        probes.activations(model, lambda x=x: model(x).sum(), samples=samples).layers[0]  # type: ignore[misc]
+        for x, samples in ((x, 3), (x[:3], 12))
+    )
+    assert (few.similarity, few.stable_rank) == (first.similarity, first.stable_rank)
+    assert few.variance != first.variance
 
 
 def test_degenerate_activations() -> None:
@@ -281,6 +301,14 @@ def test_landscape_has_the_same_noise_at_every_step(net: Net) -> None:
     assert all(row.gradient_cosine > 0.999 for row in found.steps)
 
 
+def test_landscape_measures_the_step_that_was_taken() -> None:
+    """Rounding may leave nothing of it."""
+    found = probes.landscape(model := Quadratic().float(), model, [1e-9, 0.1])
+    assert found.steps[0].distance == 0
+    assert found.steps[1].distance > 0
+    assert math.isnan(found.beta_smoothness)
+
+
 def test_landscape_that_leaves_the_finite() -> None:
     model = Quadratic()
     found = probes.landscape(model, lambda: model().exp().log(), [1e-3, 1e4])
@@ -317,6 +345,21 @@ def test_covariate_shift_by_definition(net: Net) -> None:
     assert rows[2].l2 > 0
 
 
+def test_covariate_shift_of_nothing(net: Net) -> None:
+    """The same noise at every pass: without an update there is no shift, dropout or not."""
+    with probes.covariate_shift(net, closure(net)) as shift:
+        pass
+    assert [row.l2 for row in shift.result.layers] == [0] * 4
+
+
+def test_covariate_shift_counts_tied_weights_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False), nn.Linear(3, 1))
+    model[2].weight = model[0].weight
+    with probes.covariate_shift(model, lambda: model(torch.ones(2, 3)).sum()) as shift:
+        update(model)
+    assert [row.layer for row in shift.result.layers] == ["0", "3"]
+
+
 def test_covariate_shift_of_some_layers(net: Net) -> None:
     with probes.covariate_shift(net, closure(net), layers=nn.Conv2d) as shift:
         with pytest.raises(RuntimeError, match="when the with block has ended"):
@@ -345,84 +388,29 @@ def test_covariate_shift_counts_parameters_of_modules_that_are_not_called() -> N
     assert [row.layer for row in shift.result.layers] == ["0", "1"]
 
 
-# ---- sharpness
+# ---- what is put back
 
 
-class Linear(nn.Module):
+class Counting(Quadratic):
+    """Puts another tensor in the place of its buffer, and has a parameter that nothing depends on."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.tensor([[1.0, -2.0, 0.0], [0.5, 3.0, -1.0]], dtype=torch.float64))
+        self.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.w.T
-
-
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_sharpness_of_what_is_linear(adaptive: bool) -> None:
-    """The largest value of a linear function over a box is at a corner: rho sum |g_i| c_i above."""
-    model, x = Linear(), torch.tensor([[1.0, 2.0, -1.0], [0.0, 1.0, 3.0]], dtype=torch.float64)
-    target = torch.zeros(2)
-
-    def mean(logits: Tensor, _: Tensor) -> Tensor:
-        return (logits * torch.tensor([1.0, -2.0])).mean()
-
-    found = probes.sharpness(model, [(x, target)], 0.1, adaptive=adaptive, normalize_logits=False, loss=mean)
-    slope = torch.outer(torch.tensor([1.0, -2.0]).double(), x.sum(0)) / 4
-    box = model.w.detach().abs() if adaptive else torch.ones_like(model.w)
-    assert found.value == pytest.approx(0.1 * float((slope.abs() * box).sum()), rel=1e-12)
-    assert found.batches[0].samples == 2
+    def forward(self) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward()
 
 
-def test_sharpness_finds_the_worst_corner() -> None:
-    """Cross-entropy is convex in w, so its largest value over the box is at one of 64 corners. APGD finds a point of
-    the box: never more, and here nearly all of it."""
-    torch.manual_seed(0)
-    model, x, y = Linear(), torch.randn(16, 3).double(), torch.randint(2, (16,))
-    w, rho = model.w.detach().clone(), 0.3
-    worst = max(
-        float(F.cross_entropy(x @ (w + rho * torch.tensor(signs).double().view(2, 3)).T, y))
-        for signs in itertools.product((-1.0, 1.0), repeat=6)
-    )
-    found = probes.sharpness(model, [(x, y)], rho, normalize_logits=False)
-    assert found.batches[0].loss == pytest.approx(float(F.cross_entropy(x @ w.T, y)), rel=1e-12)
-    assert 0.99 * worst < found.batches[0].worst <= worst * (1 + 1e-12)
-
-
-def test_sharpness_inside_the_box() -> None:
-    """A hill narrower than the box: sign ascent must shorten its steps to get near the top."""
-
-    class Hill(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return -(self.w - torch.tensor([0.11, -0.04], dtype=torch.float64)).square().sum().expand(1, 1)
-
-    hill = Hill()
-    some = (torch.zeros(1), torch.zeros(1))
-    found = [
-        probes.sharpness(hill, [some], 1.0, normalize_logits=False, steps=n, loss=lambda z, _: z.sum()).value
-        for n in (1, 10, 100)
-    ]
-    top = 0.11**2 + 0.04**2
-    assert found[0] == 0  # the first step is a corner, far below
-    assert found[0] <= found[1] <= found[2] <= top
-    assert found[2] > 0.9 * top
-
-
-def test_sharpness_with_normalized_logits_ignores_scale(net: Net) -> None:
-    plain = Linear()
-    scaled = copy.deepcopy(plain)
-    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
-    with torch.no_grad():
-        scaled.w.mul_(7)
-    a, b = (probes.sharpness(m, [(x, y)], 0.02, adaptive=True) for m in (plain, scaled))
-    assert a.value == pytest.approx(b.value, rel=1e-9)
-    small, large = (probes.sharpness(net, [batch()], rho, steps=5).value for rho in (0.002, 0.02))
-    assert 0 < small < large
-    only = probes.sharpness(net, [batch()], 0.02, steps=5, parameters=net.norm.parameters()).value
-    assert 0 < only < large
+def test_buffers_that_are_replaced_and_parameters_that_are_not_used() -> None:
+    model, plain = Counting(), Quadratic()
+    calls = model.calls
+    found, want = (probes.landscape(m, m, [0.1]) for m in (model, plain))
+    assert model.calls is calls
+    assert calls == 0
+    assert found == want
 
 
 # ---- results

@@ -77,3 +77,14 @@ def test_spectral_norms_of_a_model(stride: int) -> None:
     assert not found["2"].exact
     assert true <= found["2"].spectral_norm < 1.25 * true
     assert found["6"].spectral_norm == pytest.approx(float(torch.linalg.matrix_norm(model[6].weight, 2)))
+
+
+def test_spectral_norms_of_maps_that_no_stride_divides_and_of_normalized_weights() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, 2, 1), normkern.nn.ScaledWSConv2d(3, 4, 3)).double()
+    odd, standardized = probes.spectral_norms(model, torch.randn(1, 1, 8, 7, dtype=torch.float64)).layers
+    assert odd.size == (10, 10)
+    basis = torch.eye(56, dtype=torch.float64).view(-1, 1, 8, 7)
+    true = float(torch.linalg.matrix_norm(F.conv2d(basis, model[0].weight, None, 2, 1).flatten(1), 2))  # type: ignore[arg-type]
+    assert true <= odd.spectral_norm < 1.25 * true
+    kernel = model[1].normalized_weight().detach().flatten(1)  # type: ignore[operator]
+    assert standardized.reshaped == pytest.approx(float(torch.linalg.matrix_norm(kernel, 2)), rel=1e-12)

@@ -1,19 +1,12 @@
 // ops_evolved_cpu.cpp: the schemas of the evolved norms' operators in torch.ops.normkern, and what they are on the CPU.
-#include <torch/csrc/stable/ops.h>
-
 #include "../cpu/evolved.h"
 #include "tensor.h"
+#include "torch_threads.h"
 
 namespace normkern::bind {
 namespace {
 
-void run_on_torch_threads(int64_t tasks, void (*task)(void* state, int64_t index), void* state) {
-  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(state, i);
-  });
-}
-
-void run(const EvolvedArgs& a) { cpu::evolve(a, {int64_t(torch::stable::get_num_threads()), run_on_torch_threads}); }
+void run(const EvolvedArgs& a) { cpu::evolve(a, torch_threads()); }
 
 EvolvedArgs arguments(const Tensor& x, const Tensor& rows, const Extents& domain, int64_t kind) {
   STD_TORCH_CHECK(kind == 0 || kind == 1, "normkern: kind must be 0 or 1; got ", kind);

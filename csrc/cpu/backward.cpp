@@ -31,7 +31,8 @@ class Backward {
         wants_weights_(a.dweight.data || a.dbias.data),
         wants_sums_(a.dx && p.moments != Moments::given) {}
 
-  void run() {
+  void run(int64_t written) {
+    elements_.stream = elements_.stream || written >= kStreamBytes;
     const int64_t wanted = wanted_tasks(l_.stats.numel(), threads_);
     if (p_.moments == Moments::given && p_.act == Act::none && !a_.dresidual) {
       const int64_t n = std::max(l_.entries, l_.stats.batch * l_.entries_of_batch());
@@ -354,15 +355,15 @@ class Backward {
 
 }  // namespace
 
-void backward(const Problem& p, const BackwardArgs& a, const Threads& threads) {
+void backward(const Problem& p, const BackwardArgs& a, const Threads& threads, int64_t written) {
   if (p.stats.numel() == 0) return;
   const Layout l(p, a.weight.data || a.bias.data || a.dweight.data || a.dbias.data);
   const KernelTable& table = kernels();
   switch (p.dtype) {
-    case DType::f32: return Backward<float>(table.f32, p, l, a, threads).run();
-    case DType::f64: return Backward<double>(table.f64, p, l, a, threads).run();
-    case DType::f16: return Backward<float>(table.f16, p, l, a, threads).run();
-    case DType::bf16: return Backward<float>(table.bf16, p, l, a, threads).run();
+    case DType::f32: return Backward<float>(table.f32, p, l, a, threads).run(written);
+    case DType::f64: return Backward<double>(table.f64, p, l, a, threads).run(written);
+    case DType::f16: return Backward<float>(table.f16, p, l, a, threads).run(written);
+    case DType::bf16: return Backward<float>(table.bf16, p, l, a, threads).run(written);
   }
 }
 

@@ -11,9 +11,10 @@ struct Threads {
   void (*run)(int64_t tasks, void (*task)(void* state, int64_t index), void* state) = nullptr;
 };
 
-// The same bits for the same problem and thread count.
-void forward(const Problem& p, const ForwardArgs& a, const Threads& threads);
-void backward(const Problem& p, const BackwardArgs& a, const Threads& threads);
+// The same bits for the same problem and thread count. `written` are the bytes of a larger call's results, of which
+// these are a part: what does not stay in the caches goes past them.
+void forward(const Problem& p, const ForwardArgs& a, const Threads& threads, int64_t written = 0);
+void backward(const Problem& p, const BackwardArgs& a, const Threads& threads, int64_t written = 0);
 void moments(const Problem& p, const MomentsArgs& a, const Threads& threads);
 void update_running(const RunningArgs& a);
 

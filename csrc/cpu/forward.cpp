@@ -132,7 +132,7 @@ class Forward {
         threads_(threads),
         reduce_(kernels, l, a.add ? a.total : a.x, p.dtype, p.moments == Moments::mean_var) {}
 
-  void run() {
+  void run(int64_t written) {
     const int64_t wanted = wanted_tasks(l_.stats.numel(), threads_), bytes = l_.stats.numel() * size_of(p_.dtype);
     if (a_.y) {
       weight_ = std::make_unique<Expanded<A>>(l_, a_.weight, A(1));
@@ -144,7 +144,7 @@ class Forward {
       elements_.bias = bias_->data();
       elements_.act = p_.act;
       elements_.by_line = l_.by_line;
-      elements_.stream = bytes >= kStreamBytes;
+      elements_.stream = std::max(bytes, written) >= kStreamBytes;
     }
     if (p_.moments == Moments::given) return given(wanted);
     const Tiles tiles(l_, size_of(p_.dtype), wanted);
@@ -269,15 +269,15 @@ class Forward {
 
 }  // namespace
 
-void forward(const Problem& p, const ForwardArgs& a, const Threads& threads) {
+void forward(const Problem& p, const ForwardArgs& a, const Threads& threads, int64_t written) {
   if (p.stats.numel() == 0) return;
   const Layout l(p, a.weight.data || a.bias.data);
   const KernelTable& table = kernels();
   switch (p.dtype) {
-    case DType::f32: return Forward<float>(table.f32, p, l, a, threads).run();
-    case DType::f64: return Forward<double>(table.f64, p, l, a, threads).run();
-    case DType::f16: return Forward<float>(table.f16, p, l, a, threads).run();
-    case DType::bf16: return Forward<float>(table.bf16, p, l, a, threads).run();
+    case DType::f32: return Forward<float>(table.f32, p, l, a, threads).run(written);
+    case DType::f64: return Forward<double>(table.f64, p, l, a, threads).run(written);
+    case DType::f16: return Forward<float>(table.f16, p, l, a, threads).run(written);
+    case DType::bf16: return Forward<float>(table.bf16, p, l, a, threads).run(written);
   }
 }
 

@@ -63,12 +63,12 @@ struct FusedForward {
   NK_DEVICE T element(int64_t e) const { return add ? rounded_sum(x[e], add[e]) : x[e]; }
 };
 
-template <class T, int V, bool C>
-__global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_forward(const FusedForward<T, V> f) {
+// What one block does.
+template <bool C, class T, int V>
+NK_DEVICE void forward_units(const FusedForward<T, V>& f, unsigned char* memory) {
   using A = Compute<T>;
   using Access = Vec<T, V>;
   constexpr int N = C ? V : 1;
-  NK_DYNAMIC_SHARED(unsigned char, memory);
   Seat<T, V> seat(f.teams, memory);
   Stager stager(seat, f.teams.team.stages, [&](const Chunk& c, Access* at) { stage_chunk<T, V>(at, f.x, c); });
   const double count = double(f.teams.count);
@@ -185,6 +185,12 @@ __global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_for
     });
   }
   seat.part();
+}
+
+template <class T, int V, bool C>
+__global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_forward(const FusedForward<T, V> f) {
+  NK_DYNAMIC_SHARED(unsigned char, memory);
+  forward_units<C>(f, memory);
 }
 
 }  // namespace normkern::cuda

@@ -79,12 +79,12 @@ struct FusedBackward {
   WeightSums<Compute<T>> weights;
 };
 
-template <class T, int V, bool C>
-__global__ void __launch_bounds__(C ? kSlabThreads : kBackwardThreads, 1) fused_backward(const FusedBackward<T, V> f) {
+// What one block does.
+template <bool C, class T, int V>
+NK_DEVICE void backward_units(const FusedBackward<T, V>& f, unsigned char* memory) {
   using A = Compute<T>;
   using Access = Vec<T, V>;
   constexpr int N = C ? V : 1;
-  NK_DYNAMIC_SHARED(unsigned char, memory);
   const Units& units = f.teams.units;
   const Team& team = f.teams.team;
   const Weights kind = team.weights;
@@ -281,6 +281,12 @@ __global__ void __launch_bounds__(C ? kSlabThreads : kBackwardThreads, 1) fused_
   }
   if (seat.rounds() > 0 && (own_columns || holds > 0)) leave();
   seat.part();
+}
+
+template <class T, int V, bool C>
+__global__ void __launch_bounds__(C ? kSlabThreads : kBackwardThreads, 1) fused_backward(const FusedBackward<T, V> f) {
+  NK_DYNAMIC_SHARED(unsigned char, memory);
+  backward_units<C>(f, memory);
 }
 
 }  // namespace normkern::cuda

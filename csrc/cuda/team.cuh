@@ -19,6 +19,7 @@ struct Teams {
   int streams;    // tensors that are staged
   Sums* boxes;    // of sub-grids, with their barriers
   unsigned* arrivals;
+  int first_block = 0;  // of the first team
 };
 
 // Blocks of a team tell each other their sums: each writes a box, all read all boxes in the order of the blocks. There
@@ -93,7 +94,7 @@ class Seat {
 
   NK_DEVICE int rounds() const { return rounds_; }
   NK_DEVICE int rank() const { return exchange_.rank(); }
-  NK_DEVICE int team() const { return int(blockIdx.x) / f_.team.blocks; }
+  NK_DEVICE int team() const { return (int(blockIdx.x) - f_.first_block) / f_.team.blocks; }
   NK_DEVICE int seat() const { return seat_; }
   NK_DEVICE int place() const { return place_; }
   NK_DEVICE int first_line() const { return f_.team.by_lines ? rank() * f_.block_lines : 0; }

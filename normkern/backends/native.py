@@ -49,7 +49,8 @@ class Native:
 
     def __init__(self) -> None:
         self.cpu_why_not = _load("_C_cpu.so", _REBUILD)
-        if self.cpu_why_not is None and not hasattr(torch.ops.normkern, "add_forward"):
+        newest = hasattr(torch.ops.normkern, "add_forward") and hasattr(torch.ops.normkern, "standardize")
+        if self.cpu_why_not is None and not newest:
             self.cpu_why_not = f"_C_cpu.so is of an older version; {_REBUILD}"
         # The operators' schemas are in the CPU library.
         self.cuda_why_not = self.cpu_why_not or _load(
@@ -67,8 +68,11 @@ class Native:
             self._evolve = torch.ops.normkern.evolve.default
             self._evolve_sums = torch.ops.normkern.evolve_sums.default
             self._evolve_backward = torch.ops.normkern.evolve_backward.default
+            self._standardize = torch.ops.normkern.standardize.default
+            self._standardize_backward = torch.ops.normkern.standardize_backward.default
         has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
         self._updates_on_cuda = self.cuda_why_not is None and has_kernel("normkern::update_running", "CUDA")
+        self._standardizes_on_cuda = self.cuda_why_not is None and has_kernel("normkern::standardize", "CUDA")
 
     def why_not(self, x: Tensor) -> str | None:
         if x.is_cpu or x.is_meta:  # several times cheaper than comparing x.device
@@ -190,6 +194,26 @@ class Native:
 
     def evolve_backward(self, kind: int, domain: Domain, dy: Tensor, x: Tensor, rows: Tensor) -> Tensor:
         return self._evolve_backward(dy, x, rows, _extents(domain), kind)  # type: ignore[no-any-return]
+
+    def standardizes(self, x: Tensor) -> bool:
+        return self._standardizes_on_cuda if x.is_cuda else x.is_cpu
+
+    def standardize(
+        self, xs: list[Tensor], weights: list[Tensor], eps: float, save: bool
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        return self._standardize(xs, weights, eps, save)  # type: ignore[no-any-return]
+
+    def standardize_backward(
+        self,
+        dys: list[Tensor],
+        xs: list[Tensor],
+        weights: list[Tensor],
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        needs: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return self._standardize_backward(dys, xs, weights, mean, var, eps, needs)  # type: ignore[no-any-return]
 
 
 def _extents(domain: Domain) -> list[int]:

@@ -28,7 +28,14 @@ from normkern.nn.norm import (
     RMSNorm,
 )
 from normkern.nn.sync import SyncBatchNorm
-from normkern.nn.weights import CenteredConv2d, ScaledReLU, ScaledWSConv2d, WeightNormConv2d, WSConv2d
+from normkern.nn.weights import (
+    CenteredConv2d,
+    ScaledReLU,
+    ScaledWSConv2d,
+    WeightNormConv2d,
+    WSConv2d,
+    standardize_together,
+)
 
 __all__ = [
     "BatchNorm1d",
@@ -62,4 +69,5 @@ __all__ = [
     "convert",
     "register_converter",
     "revert",
+    "standardize_together",
 ]

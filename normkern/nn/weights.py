@@ -1,4 +1,5 @@
-"""weights.py: convolutions that normalize their weight, and the activation that goes with weight norm.
+"""weights.py: convolutions that normalize their weight, all at once if asked for, and the activation that goes with
+weight norm.
 
 In eval mode and without gradients the normalized weight is kept until the weight changes: until it is written to in
 place, replaced, moved or loaded, or the mode changes. Writing through `weight.data` is not seen; call train() or eval()
@@ -7,6 +8,7 @@ after it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ class _WeightConv2d(torch.nn.Conv2d):
 
     def __init__(self, *args: Any, gain: bool, eps: float, **kwargs: Any) -> None:
         self.eps = eps
-        self._kept: Any = None
+        self._kept: Any = None  # what it was made from, and the normalized weight, without gradients
+        self._lent: Tensor | None = None  # the normalized weight, during a forward pass of standardize_together
         super().__init__(*args, **kwargs)
         where: Any = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.gain = torch.nn.Parameter(torch.ones(self.out_channels, **where)) if gain else None
@@ -39,12 +42,24 @@ class _WeightConv2d(torch.nn.Conv2d):
 
     def normalized_weight(self) -> Tensor:
         """The kernel that forward uses, of weight's shape."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self._normalize()
-        state = tuple((id(p), p._version, p.data_ptr()) for p in (self.weight, self.gain) if p is not None)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, self._normalize()
+        if self._lent is not None:
+            return self._lent
+        if not self._may_keep():
+            return self._normalize()
+        if not self._is_kept():
+            self._kept = self._state(), self._normalize()
         return self._kept[1]  # type: ignore[no-any-return]
+
+    def _may_keep(self) -> bool:
+        return not (self.training or torch.is_grad_enabled())
+
+    def _state(self) -> tuple[Any, ...]:
+        return tuple((id(p), p._version, p.data_ptr()) for p in (self.weight, self.gain) if p is not None)
+
+    def _is_kept(self) -> bool:
+        return self._kept is not None and self._kept[0] == self._state()
 
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = self._conv_forward(input, self.normalized_weight(), self.bias)
@@ -59,7 +74,7 @@ class _WeightConv2d(torch.nn.Conv2d):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_lent": None}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps={self.eps}"  # type: ignore[no-untyped-call]
@@ -103,6 +118,64 @@ class ScaledWSConv2d(WSConv2d):
 
     def __init__(self, *args: Any, gain: bool = True, eps: float = 1e-5, variant: str = "torch", **kwargs: Any) -> None:
         super().__init__(*args, gain=gain, eps=eps, variant=variant, **kwargs)
+
+
+def standardize_together(model: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
+    """Standardize the kernels of all WSConv2d and ScaledWSConv2d of a model at the start of its forward pass, together.
+
+    One launch forward and one backward on CUDA, one operator on the CPU, for all kernels of a dtype with the same eps
+    (normkern.weight_standardize_all) instead of one for every layer. Results and gradients are the same. Without
+    gradients in eval mode the kernels are kept until they change, as without it. What is not called through `model`,
+    torch.compile, and weights that are DTensors are as before.
+
+    All kernels exist from the start of the pass to its end. Parts that recompute their activations
+    (torch.utils.checkpoint) compute their kernels then again, which torch answers with an error: leave such models out.
+
+    Returns:
+        A handle whose remove() ends it.
+    """
+    before = model.register_forward_pre_hook(_lend)
+    after = model.register_forward_hook(_take_back, always_call=True)
+    return _Both(before, after)
+
+
+class _Both(torch.utils.hooks.RemovableHandle):
+    """Two handles as one."""
+
+    def __init__(self, *handles: torch.utils.hooks.RemovableHandle) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _lend(model: torch.nn.Module, _: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    sets: dict[tuple[Any, ...], list[WSConv2d]] = {}
+    for layer in _standardizing(model):
+        if not (layer._may_keep() and layer._is_kept()):
+            sets.setdefault((layer.eps, layer.scaled, layer.variant), []).append(layer)
+    for (eps, scaled, variant), layers in sets.items():
+        weights, gains = [layer.weight for layer in layers], [layer.gain for layer in layers]
+        found = F.weight_standardize_all(weights, gains, eps, scaled=scaled, variant=variant)
+        for layer, weight in zip(layers, found, strict=True):
+            if layer._may_keep():
+                layer._kept = layer._state(), weight
+            else:
+                layer._lent = weight
+
+
+def _take_back(model: torch.nn.Module, *_: Any) -> None:
+    for layer in _standardizing(model):
+        layer._lent = None
+
+
+def _standardizing(model: torch.nn.Module) -> Iterable[WSConv2d]:
+    for layer in model.modules():
+        if isinstance(layer, WSConv2d) and not hasattr(layer.weight, "device_mesh"):
+            yield layer
 
 
 class WeightNormConv2d(_WeightConv2d):

@@ -1,6 +1,7 @@
 // absent_dtypes.cpp: stands in for the element types that a build leaves out (NORMKERN_EMULATOR_DTYPES), so that the
 // rest links.
 #include "../../csrc/cuda/entry.h"
+#include "../../csrc/cuda/standardize.h"
 #include "cuda_surface.hpp"
 
 namespace normkern::cuda {
@@ -24,11 +25,18 @@ int resident_of(const Problem&, const Plan&, Pass, bool&) {
   return kNotSupported;
 }
 
+template <class T, class Part>
+int standardize_of(const Standardize<Part>&, void*) {
+  return kNotSupported;
+}
+
 #define NK_ABSENT(T)                                                                           \
   template int forward_of<T>(const Problem&, const Plan&, const ForwardArgs&, void*, void*);   \
   template int backward_of<T>(const Problem&, const Plan&, const BackwardArgs&, void*, void*); \
   template int moments_of<T>(const Problem&, const Plan&, const MomentsArgs&, void*, void*);   \
-  template int resident_of<T>(const Problem&, const Plan&, Pass, bool&);
+  template int resident_of<T>(const Problem&, const Plan&, Pass, bool&);                       \
+  template int standardize_of<T>(const Standardize<StandardizeForward>&, void*);               \
+  template int standardize_of<T>(const Standardize<StandardizeBackward>&, void*);
 
 #ifdef NK_ABSENT_F32
 NK_ABSENT(float)
