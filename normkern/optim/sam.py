@@ -228,15 +228,7 @@ class SAM(Optimizer):
         self._at_rest("first_step")
         members = self._members()
         grad_scale = scaler.get_scale() if scaler is not None and self.rule.transform == "fisher" else 1.0
-        weights = [m.weight for m in members]
-        copies = [torch.empty_like(w) for w in weights]
-        torch._foreach_copy_(copies, weights)
-        self._saved = weights, copies
-        try:
-            perturb(members, self.rule, grad_scale)
-        except BaseException:
-            self.restore()
-            raise
+        self._saved = perturb(members, self.rule, grad_scale)
         self._ascended = True
         if zero_grad:
             self.zero_grad()
