@@ -10,6 +10,7 @@ import paper_sam
 import pytest
 import torch
 import torch.nn.functional as F
+from ascents import ASCENTS, ascending
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,7 +86,8 @@ def first_gradient(model: nn.Module, x: Tensor, y: Tensor) -> None:
 @pytest.mark.parametrize("perturb", ["norm", "no_norm", "all"])
 @pytest.mark.parametrize("transform", ["none", "element", "layer", "fisher"])
 @pytest.mark.parametrize("p", [2, "inf"])
-def test_as_the_paper(p: float | str, transform: Any, perturb: Any) -> None:
+@pytest.mark.parametrize("how", ASCENTS)
+def test_as_the_paper(how: str, p: float | str, transform: Any, perturb: Any) -> None:
     eta = {"none": 0.0, "element": 0.05, "layer": 0.2, "fisher": 3.0}[transform]
     rho = {2: 0.3, "inf": 0.02}[p]  # type: ignore[index]
     normalize_bias = p == 2
@@ -98,7 +100,8 @@ def test_as_the_paper(p: float | str, transform: Any, perturb: Any) -> None:
     )
     for number in range(20):
         x, y = batch(seed=number)
-        loss = optimizer.step(closure_of(model, optimizer, x, y))
+        with ascending(how):
+            loss = optimizer.step(closure_of(model, optimizer, x, y))
         expected = paper_sam.step(
             theirs,
             base,
@@ -151,7 +154,7 @@ def test_tensors_beside_each_other() -> None:
         model, (x, y) = net(), batch()
         optimizer = SAM(model, sgd(model), rho=0.5, transform="layer", perturb="all")
         first_gradient(model, x, y)
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, ascending("eager"):
             patch.setattr("normkern.optim.ascent._RUN", run)
             optimizer.first_step()
         ascents.append(state(model))

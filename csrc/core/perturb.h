@@ -46,26 +46,27 @@ constexpr bool needs_weight(Transform transform) {
   return transform == Transform::element || transform == Transform::layer;
 }
 
-// Of an element T^2; `layer` is that of the tensor, which no element tells.
-constexpr double square_of_t(Transform transform, double eta, double w, double g, double layer) {
+// T of an element; `layer` is that of its tensor, which no element tells.
+constexpr double factor_of(Transform transform, double eta, double w, double g, double layer) {
   switch (transform) {
     case Transform::none: break;
-    case Transform::element: return (fabs(w) + eta) * (fabs(w) + eta);
+    case Transform::element: return (w < 0 ? -w : w) + eta;
     case Transform::layer: return layer;
-    case Transform::fisher: return 1 / (1 + eta * g * g);
+    case Transform::fisher: return 1 / sqrt(1 + eta * g * g);
   }
   return 1;
 }
 
-// Of an element: what it adds to the square of ||w||, where T asks for that, and to that of ||T g||, before `layer`.
+// What an element adds to the square of ||w||, where T asks for that, and to the square of ||T g||, before `layer`.
 constexpr Sums squares(Transform transform, double eta, double w, double g) {
-  return {transform == Transform::layer ? w * w : 0, square_of_t(transform, eta, w, g, 1) * g * g};
+  const double scaled = factor_of(transform, eta, w, g, 1) * g;
+  return {transform == Transform::layer ? w * w : 0, scaled * scaled};
 }
 
-// From the sums of a whole tensor: T^2 of a layer, and with it the tensor's share of the square of ||T g||.
+// From the sums of a whole tensor: its `layer`, and with that its share of the square of ||T g||.
 constexpr Sums settled(Transform transform, double eta, const Sums& s) {
-  const double layer = transform == Transform::layer ? s.first * (1 + eta) * (1 + eta) : 1;
-  return {layer, layer * s.second};
+  const double layer = transform == Transform::layer ? sqrt(s.first) * (1 + eta) : 1;
+  return {layer, layer * layer * s.second};
 }
 
 // Nothing is added where any gradient, and so the norm, is not finite.
@@ -75,9 +76,9 @@ constexpr bool climbs(double norm) { return norm - norm == 0; }
 constexpr double rate(const Ascent& a, double rho, double norm) { return a.maximum ? rho : rho / (norm + 1e-16); }
 
 constexpr double step_of(Transform transform, bool maximum, double eta, double w, double g, double layer) {
-  const double square = square_of_t(transform, eta, w, g, layer);
-  if (!maximum) return square * g;
-  return g == 0 ? 0 : copysign(sqrt(square), g);
+  const double factor = factor_of(transform, eta, w, g, layer);
+  if (maximum) return g > 0 ? factor : g < 0 ? -factor : 0;
+  return factor * factor * g;
 }
 
 // ---- pieces: tensor i has the pieces starts[i] to starts[i + 1] - 1, of `piece` elements but the last

@@ -16,8 +16,8 @@
 namespace normkern::cuda {
 namespace ascent {
 
-constexpr int kPerturbThreads = 256, kPerturbBlocks = 4;  // of a multiprocessor
-constexpr int kWidth = 8;                                 // elements that a thread takes at a time
+constexpr int kPerturbThreads = 256, kPerturbBlocks = 2;  // of a multiprocessor
+constexpr int kWidth = 4;                                 // elements that a thread takes at a time
 constexpr int kStages = 3;
 
 // ---- the table
@@ -214,6 +214,18 @@ int write(const std::vector<uint64_t>& table, void* to, Stream stream) {
   return 0;
 }
 
+int climb(const Job& job, int64_t blocks, Stream stream) {
+  LaunchConfig config = config_of(blocks);
+  config.cooperative = true;
+  bool together = false;
+  if (const int error = can_be_resident(config, perturb_tensors, together)) return error;
+  if (together) return launch(config, stream, perturb_tensors, job, 0, kStages - 1);
+  config.cooperative = false;
+  for (int stage = 0; stage < kStages; ++stage)
+    if (const int error = launch(config, stream, perturb_tensors, job, stage, stage)) return error;
+  return 0;
+}
+
 }  // namespace ascent
 
 PerturbPlan plan_perturb(const std::vector<Perturbed>& tensors, int sms) {
@@ -247,15 +259,7 @@ int perturb(const std::vector<Perturbed>& tensors, const Ascent& rule, const Per
                         plan.pieces,
                         int(tensors.size()),
                         rule};
-  LaunchConfig config = ascent::config_of(plan.blocks);
-  config.cooperative = true;
-  bool together = false;
-  if (const int error = can_be_resident(config, ascent::perturb_tensors, together)) return error;
-  if (together) return launch(config, Stream(stream), ascent::perturb_tensors, job, 0, ascent::kStages - 1);
-  config.cooperative = false;
-  for (int stage = 0; stage < ascent::kStages; ++stage)
-    if (const int error = launch(config, Stream(stream), ascent::perturb_tensors, job, stage, stage)) return error;
-  return 0;
+  return ascent::climb(job, plan.blocks, Stream(stream));
 }
 
 }  // namespace normkern::cuda
