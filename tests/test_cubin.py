@@ -65,7 +65,7 @@ def binaries(folder: Path) -> list[Path]:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc was not found")
     cubins = []
-    for source in (*(f"launch_{dtype}" for dtype in DTYPES), "running"):
+    for source in (*(f"launch_{dtype}" for dtype in DTYPES), "running", "perturb"):
         cubins.append(folder / f"{source}.cubin")
         output(
             "nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "--expt-relaxed-constexpr", "-Xptxas",
@@ -111,6 +111,8 @@ def launch_bound(name: str) -> int:
         text = (ROOT / "csrc" / "cuda" / "spectral.cu").read_text()
         kind = "Lag" if "sum_lags" in name else "Spectral"
         return int(re.findall(rf"k{kind}Threads = (\d+)", text)[0])
+    if "ascent::" in name:  # nor these
+        return int(re.findall(r"kPerturbThreads = (\d+)", (ROOT / "csrc" / "cuda" / "perturb.cu").read_text())[0])
     text = (ROOT / "csrc" / "core" / "walk.h").read_text()
     bounds = {key.lower(): int(value) for key, value in re.findall(r"k(\w+)Threads = (\d+)", text)}
     kinds = {
@@ -128,7 +130,15 @@ def launch_bound(name: str) -> int:
 
 def test_kernels_are_there(kernels: dict[str, Kernel]) -> None:
     names = " ".join(kernels)
-    for program in ("fused_forward", "fused_backward", "reduce_rows", "reduce_columns", "map_forward", "move_running"):
+    for program in (
+        "fused_forward",
+        "fused_backward",
+        "reduce_rows",
+        "reduce_columns",
+        "map_forward",
+        "move_running",
+        "perturb_tensors",
+    ):
         assert program in names, names
 
 
@@ -157,7 +167,7 @@ def width_of(name: str) -> int:
 
 
 def test_vectors_are_moved_whole(kernels: dict[str, Kernel]) -> None:
-    norms = {name: kernel for name, kernel in kernels.items() if "spectral::" not in name}
+    norms = {name: kernel for name, kernel in kernels.items() if not re.search("spectral::|ascent::", name)}
     full = [kernel for kernel in norms.values() if width_of(kernel.name) > 1]
     assert len(full) * 2 >= len(norms) - 3, list(kernels)  # half of the instances; the rest are for unaligned buffers
     for kernel in full:
