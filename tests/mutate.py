@@ -72,6 +72,8 @@ EQUIVALENT = {
     "reduce.cuh: while (slot < last) {": "the last round has an empty chunk",
     "reduce.cuh: const int columns = int(tile.columns": SAME,
     "reduce.cuh: const int64_t first = part * per_part": SAME,
+    "perturb.cu: for (int i = int(threadIdx.x); i < w.count;": "the word behind the table is written again later",
+    "perturb.cu: for (int i = 0; i < kWidth; ++i)": "n is no more than kWidth",
     "reduce.cuh: if (lane < tile.lanes) {": "a lane too many writes where no lane is read",
 }
 

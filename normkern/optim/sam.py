@@ -73,8 +73,8 @@ class SAM(Optimizer):
             process climbs by its own gradient (m-sharpness), and nothing is sent in the first pass.
 
     A first pass whose gradients are not all finite perturbs nothing; the second pass then is one at w, and what a
-    GradScaler does with it is what it always does. Where all perturbed tensors are whole and on one CPU or CUDA device a
-    single kernel perturbs them, else a few torch calls do. No method waits for the device, but "fisher" with a scaler.
+    GradScaler does with it is what it always does. One kernel perturbs tensors that are whole and all on one CPU or
+    CUDA device, else a few torch calls do. No method waits for the device, but "fisher" with a scaler.
 
     Raises ValueError for arguments out of range and where nothing is left to perturb; TypeError where base_optimizer is
     no optimizer or the model is a FullyShardedDataParallel, the first of torch's two.
