@@ -28,13 +28,13 @@ CLOCK = Clock()
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_norm(layer: Layer, mode: str, benchmark: Any, device: torch.device, sheet: Sheet) -> None:
-    race = Race(layer, mode, peers(layer, device), device)
+def test_norm(layer: Layer, mode: str, replays: bool, benchmark: Any, device: torch.device, sheet: Sheet) -> None:
+    race = Race(layer, mode, peers(layer, device), device, replays)
 
     def one_round() -> None:
         CLOCK.now += race.round()["normkern"]
 
-    benchmark.group = f"{layer.op} {mode}"
+    benchmark.group = f"{layer.op} {mode}{' from a CUDA graph' if replays else ''}"
     benchmark.pedantic(one_round, rounds=race.rounds(SECONDS))
     rows = {row.kernel_provider: row for row in race.rows()}
     for row in rows.values():

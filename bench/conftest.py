@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 from cases import SHAPES  # noqa: E402
 
 from normkern.bench.layers import LAYOUTS, OPS, Layer, everything, fused, real  # noqa: E402
-from normkern.bench.race import keep_memory  # noqa: E402
+from normkern.bench.race import has_replays, keep_memory  # noqa: E402
 from normkern.bench.sheet import Sheet  # noqa: E402
 
 
@@ -68,7 +68,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         else:
             found = [*real(option("--quick"), on_gpu, dtypes), *(table(dtypes) if option("--table") else ())]
         metafunc.parametrize("mode", ["forward", "step" if in_groups else "backward"])
-        metafunc.parametrize("layer", [pytest.param(layer, id=identifier(name, layer)) for name, layer in found])
+        device = torch.device(option("--device"))
+        rows = []
+        for name, layer in found:
+            rows.append(pytest.param(layer, False, id=identifier(name, layer)))
+            if has_replays(layer, device):
+                rows.append(pytest.param(layer, True, id=identifier(name, layer) + "-replay"))
+        metafunc.parametrize(("layer", "replays"), rows)
 
 
 @pytest.fixture(scope="session")

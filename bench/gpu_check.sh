@@ -166,6 +166,9 @@ fi
 stage sweep 120 "$python" "$repo/bench/sweep_strategies.py" --device "$device" --csv "$out/sweep.csv" "${quick[@]}"
 stage bench 150 "${pytest[@]}" -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
   "$repo/bench/bench_norms.py" --device "$device" --csv "$out/norms.csv" "${quick[@]}"
+# Where the host's work would hide the kernels': their replays from CUDA graphs, too.
+stage small 90 "${pytest[@]}" -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
+  "$repo/bench/bench_norms.py" --grid -k small --device "$device" --csv "$out/small.csv"
 stage offset 40 "$python" "$repo/bench/offset_error.py" --device "$device" --csv "$out/offset_error.csv"
 unset NORMKERN_BACKEND
 if [ "$dry" = 1 ]; then

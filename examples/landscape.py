@@ -218,8 +218,11 @@ def draw(out: Results, path: Path) -> bool:
         axis.set(title=title, xlabel="step")
         if logarithmic:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            low, high = axis.get_ylim()
+            axis.yaxis.set_minor_formatter("{x:.1g}" if high < 10 * low else "")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=9)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NORMS))
     figure.savefig(path, dpi=75)
     return True
 

@@ -6,6 +6,8 @@ import csv
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +26,7 @@ from typer.testing import CliRunner
 import normkern
 from normkern.bench import layers, peers, plots, report
 from normkern.bench.layers import FUSED, LAYOUTS, OPS, Layer, tensors
-from normkern.bench.race import Race, bytes_moved
+from normkern.bench.race import Race, bytes_moved, has_replays
 from normkern.bench.sheet import COLUMNS, Row, Sheet
 from normkern.cli import Layout, app, laid_out, parse_shape
 
@@ -260,6 +262,77 @@ def test_a_rival_that_fails_is_left_out() -> None:
     assert {row.kernel_provider for row in race.rows()} == {"torch", "normkern", "copy"}
     with pytest.raises(RuntimeError, match="no kernel image"):
         Race(layer, "step", [peers.Peer("normkern", broken)], CPU)
+
+
+def test_replays_are_captured_where_they_warmed_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With stand-ins for CUDA: every rival is called three times on the stream that it is then captured on, and what is
+    timed are replays."""
+    now: list[object] = []
+    captured: list[object] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    class Graph:
+        def __init__(self) -> None:
+            self.call: Any = None
+            self.replays = 0
+            captured.append(self)
+
+        def replay(self) -> None:
+            self.replays += 1
+
+    @contextmanager
+    def on(stream: object) -> Iterator[None]:
+        now.append(stream)
+        yield
+        now.pop()
+
+    @contextmanager
+    def capture(graph: Graph, stream: object) -> Iterator[None]:
+        with on((graph, stream)):
+            yield
+
+    calls: dict[str, list[object]] = {"torch": [], "normkern": []}
+
+    def rival(name: str) -> peers.Peer:
+        def make(layer: Layer, t: Any) -> Any:
+            def forward() -> torch.Tensor:
+                calls[name].append(now[-1] if now else None)
+                return t.x * 2
+
+            return forward
+
+        return peers.Peer(name, make)
+
+    for name, stand_in in (("Stream", Stream), ("CUDAGraph", Graph), ("stream", on), ("graph", capture)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device))
+    race = Race(TINY["layer_norm"], "forward", [rival("torch"), rival("normkern")], CPU, replays=True)
+    for of in calls.values():
+        assert isinstance(of[0], Stream)
+        assert of[1:3] == [of[0]] * 2
+        assert [stream for _, stream in of[3:]] == [of[0]]  # type: ignore[misc]
+    before = [graph.replays for graph in captured]  # type: ignore[attr-defined]
+    race.round()
+    assert [graph.replays for graph in captured] == [count + 1 for count in before]  # type: ignore[attr-defined]
+    assert [len(of) for of in calls.values()] == [4, 4]
+    sheet = Sheet(tmp_path / "rows.csv")
+    for row in race.rows():
+        assert row.metric == "replay_ms"
+        sheet.add(row)
+    assert next(report.pictures(report.read([tmp_path / "rows.csv"]))).name.startswith("replays_")
+
+
+def test_small_layers_alone_have_replays() -> None:
+    gpu = torch.device("cuda")
+    small, large = Layer("layer_norm", (1024, 2048)), Layer("layer_norm", (1025, 2048))
+    asked = [(small, gpu), (large, gpu), (replace(large, dtype="bfloat16"), gpu), (small, CPU)]
+    assert [has_replays(*one) for one in asked] == [True, False, True, False]
 
 
 def test_bytes() -> None:

@@ -79,7 +79,8 @@ def test_types_are_seen_by_users(tmp_path: Path) -> None:
         "y: torch.Tensor = normkern.group_norm(torch.ones(2, 4, 3), 2)\n"
         "z: int = normkern.group_norm(torch.ones(2, 4, 3), 2)\n"
     )
-    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), str(program)]
+    options = ["--follow-imports", "silent", "--cache-dir", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "mypy", *options, str(program)]
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
     said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "program.py:3: error: Incompatible types in assignment" in said.stdout, said.stdout + said.stderr

@@ -234,6 +234,7 @@ FEW = [
     Shape("group", (16, 320, 64, 64), last=True),
     Shape("batch", (256, 64, 56, 56)),
     Shape("batch", (256, 256, 14, 14), last=True),
+    Shape("layer", (4096, 65536)),
 ]
 
 

@@ -243,23 +243,28 @@ class Backward {
     const int64_t parts = std::min(groups, wanted_tasks(work, threads_));
     parallel(threads_, parts, [&](int64_t part) {
       const int64_t g0 = Grid::cut(groups, parts, part), g1 = Grid::cut(groups, parts, part + 1);
-      std::vector<Sums> sums(g1 - g0);
+      const Buffer<double> dbias = buffer<double>(g1 - g0), dweight = buffer<double>(g1 - g0);
+      std::fill_n(dbias.get(), g1 - g0, 0.0);
+      std::fill_n(dweight.get(), g1 - g0, 0.0);
       for (const Share& s : shares_) {
         const int64_t end = std::min(g1 * per_weight, s.first + s.count);
-        for (int64_t e = std::max(g0 * per_weight, s.first); e < end; ++e) {
-          Sums& to = sums[e / per_weight - g0];
-          to = merge(to, Sums{s.dbias[e - s.first], s.dweight[e - s.first]});
+        int64_t e = std::max(g0 * per_weight, s.first);
+        for (int64_t g = e / per_weight - g0; e < end; ++g) {
+          for (const int64_t last = std::min(end, (g0 + g + 1) * per_weight); e < last; ++e) {
+            dbias[g] += s.dbias[e - s.first];
+            dweight[g] += s.dweight[e - s.first];
+          }
         }
       }
-      const auto write = [&](Grad grad, double Sums::* which) {
+      const auto write = [&](Grad grad, const Buffer<double>& from) {
         if (!grad.data) return;
         with_type(grad.dtype, [&](auto type) {
           auto* to = static_cast<decltype(type)*>(grad.data);
-          for (int64_t g = g0; g < g1; ++g) from_double(sums[g - g0].*which, to[g]);
+          for (int64_t g = g0; g < g1; ++g) from_double(from[g - g0], to[g]);
         });
       };
-      write(a_.dbias, &Sums::first);
-      write(a_.dweight, &Sums::second);
+      write(a_.dbias, dbias);
+      write(a_.dweight, dweight);
     });
   }
 

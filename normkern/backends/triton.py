@@ -268,7 +268,8 @@ def _finish(partials: Domain) -> dict[str, int]:
         "parts": partials.rows,
         "keep": partials.keep,
         "cols": partials.cols,
-        "J": min(triton_plan.power_from(partials.count), FINISH_TILE // groups),
+        # At least 2: tiles of one line are compiled with spills.
+        "J": max(2, min(triton_plan.power_from(partials.count), FINISH_TILE // groups)),
         "G": groups,
     }
 

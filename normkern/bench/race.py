@@ -7,10 +7,12 @@ size at that time, and every time is held against it.
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from normkern.bench.sheet import Row, device_name
 from normkern.measure import Call, Stopwatch, Times
 
 MODES = ("forward", "backward", "step")
+SMALL = 8 << 20  # bytes of x up to which a call on a GPU is mostly the host's work
 
 
 def keep_memory() -> None:
@@ -76,6 +79,31 @@ def _rival(peer: Peer, layer: Layer, shared: Tensors, mode: str) -> Call:
     return backward
 
 
+def _replayed(make: Callable[[], Call], device: torch.device) -> Call:
+    """What a call launches, from a CUDA graph: the time of the kernels without what the host does for them."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        call = make()  # here, since backward runs on the stream of its forward
+        for _ in range(3):  # what allocates, compiles or chooses at first must not be captured
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+
+    def replay(keep: Call = call) -> None:  # the graph reads tensors of the call, which must stay
+        graph.replay()
+
+    return replay
+
+
+def has_replays(layer: Layer, device: torch.device) -> bool:
+    """Whether the layer is raced from CUDA graphs, too: it is small and runs on a GPU."""
+    size = math.prod(layer.shape) * getattr(torch, layer.dtype).itemsize
+    return device.type == "cuda" and size <= SMALL
+
+
 def bytes_moved(layer: Layer, mode: str, x: Tensor) -> int:
     """What one read of everything costs: x to y forward, x and dy to dx backward; a residual is read, read, written."""
     forward, backward = (3, 5) if layer.residual and layer.act else (3, 3) if layer.residual else (2, 3)
@@ -85,17 +113,25 @@ def bytes_moved(layer: Layer, mode: str, x: Tensor) -> int:
 
 class Race:
     """One layer in one mode: `round()` until there are enough, then `rows()`. A library that fails on the layer is left
-    out and named in `failed`; torch and normkern must not fail."""
+    out and named in `failed`; torch and normkern must not fail. `replays`: the calls are captured as CUDA graphs, and
+    their replays timed."""
 
-    def __init__(self, layer: Layer, mode: str, peers: Sequence[Peer], device: torch.device) -> None:
+    def __init__(
+        self, layer: Layer, mode: str, peers: Sequence[Peer], device: torch.device, replays: bool = False
+    ) -> None:
         shared = tensors(layer, device)
         self.layer, self.mode, self.device = layer, mode, device
+        self.metric = "replay_ms" if replays else "speed_ms"
+
+        def ready(make: Callable[[], Call]) -> Call:
+            return _replayed(make, device) if replays else make()
+
         self.versions: dict[str, str] = {}
         self.calls: dict[str, Call] = {}
         self.failed: dict[str, str] = {}
         for peer in peers:
             try:
-                call = _rival(peer, layer, shared, mode)
+                call = ready(partial(_rival, peer, layer, shared, mode))
                 call()
                 self.versions[peer.name] = peer.version()
             except Exception as error:
@@ -105,7 +141,7 @@ class Race:
             else:
                 self.calls[peer.name] = call
         target = torch.empty_like(shared.x)
-        self.calls["copy"] = lambda: target.copy_(shared.x)
+        self.calls["copy"] = ready(lambda: lambda: target.copy_(shared.x))
         self.tensor_bytes = shared.x.numel() * shared.x.element_size()
         self.moved = bytes_moved(layer, mode, shared.x)
         self.samples: list[dict[str, float]] = []
@@ -132,7 +168,7 @@ class Race:
         for name, taken in times.items():
             own = 2 * self.tensor_bytes if name == "copy" else self.moved
             low, middle, high = (taken.quantile(q) * 1e3 for q in (0.2, 0.5, 0.8))
-            row = Row(self.layer.name, name, self.mode, "speed_ms", "shape", self.layer.size, low, middle, high)
+            row = Row(self.layer.name, name, self.mode, self.metric, "shape", self.layer.size, low, middle, high)
             row.bytes = own
             row.floor_us = own / rate * 1e6
             row.fraction_of_copy = own / rate / taken.median

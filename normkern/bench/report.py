@@ -67,6 +67,16 @@ def _by(rows: Iterable[RowOf], column: str) -> dict[str, list[RowOf]]:
     return groups
 
 
+def _speedups(rows: Sequence[RowOf], name: str, caption: str, title: str) -> Iterator[Picture]:
+    """By device and dtype, who is how many times as fast as torch."""
+    rated = [row for row in rows if row["ratio_to_torch"]]
+    for device, of in _by(rated, "device").items():
+        for dtype, rows_of in _by(of, "dtype").items():
+            if any(row["kernel_provider"] not in ("torch", "copy") for row in rows_of):
+                made = plots.speedup(rows_of, f"{title} against torch, {dtype}, {_where(rows_of)}")
+                yield Picture(f"{name}_{_slug(device, dtype)}", f"{caption}; {dtype}.", made)
+
+
 def pictures(rows: Sequence[RowOf]) -> Iterator[Picture]:
     """Every figure that the rows allow."""
     speeds = [row for row in rows if row["metric"] == "speed_ms"]
@@ -81,12 +91,10 @@ def pictures(rows: Sequence[RowOf]) -> Iterator[Picture]:
     for device, of in _by(speeds, "device").items():
         caption = "Rate at which the least bytes of a layer move, against a plain copy of its input in the same rounds."
         yield Picture(f"roofline_{_slug(device)}", caption, plots.roofline(of, f"Memory rate, {_where(of)}"))
-        for dtype, rows_of in _by(of, "dtype").items():
-            rated = [row for row in rows_of if row["ratio_to_torch"]]
-            if any(row["kernel_provider"] not in ("torch", "copy") for row in rated):
-                caption = f"Torch's median time over each rival's, {dtype}; the rivals took turns."
-                made = plots.speedup(rated, f"Speed against torch, {dtype}, {_where(of)}")
-                yield Picture(f"speedup_{_slug(device, dtype)}", caption, made)
+    yield from _speedups(speeds, "speedup", "Torch's median time over each rival's; the rivals took turns", "Speed")
+    replays = [row for row in rows if row["metric"] == "replay_ms"]
+    caption = "Torch's median time over each rival's, of replays of CUDA graphs: kernels without the cost of the call"
+    yield from _speedups(replays, "replays", caption, "Speed from CUDA graphs")
     for device, of in _by(offset_rows, "device").items():
         caption = "Relative error (L2) against float64 on the same rounded input, as the mean of the input grows."
         yield Picture(f"offset_{_slug(device)}", caption, plots.offsets(of, f"Error and offset, {_where(of)}"))
@@ -104,12 +112,8 @@ def pictures(rows: Sequence[RowOf]) -> Iterator[Picture]:
         caption = "What a call costs where there is nothing to compute."
         yield Picture(f"overhead_{_slug(device)}", caption, plots.overhead(of, f"Cost of a call, {_where(of)}"))
     timed = [row for row in rows if row["metric"] == "cpu_ms" and row["kernel_operation_mode"]]
-    timed = [row for row in timed if row["ratio_to_torch"]]
-    for device, of in _by(timed, "device").items():
-        for dtype, rows_of in _by(of, "dtype").items():
-            caption = f"CPU time of the formula in torch's operators over each rival's, {dtype}, a training step."
-            made = plots.speedup(rows_of, f"CPU time against torch's operators, {dtype}, {_where(rows_of)}")
-            yield Picture(f"family_{_slug(device, dtype)}", caption, made)
+    caption = "CPU time of the formula in torch's operators over each rival's, a training step"
+    yield from _speedups(timed, "family", caption, "Speed by CPU time")
     convolved = [row for row in rows if row["kernel_name"] in ("spectrum", "conv_norm layer")]
     for device, of in _by(convolved, "device").items():
         caption = "ConvNorm: its spectrum against an FFT of every padded kernel, its layer against torch's pair."

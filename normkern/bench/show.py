@@ -15,7 +15,7 @@ from rich.table import Table
 
 from normkern.bench.layers import OPS, REAL, Layer
 from normkern.bench.peers import OURS, PEERS, absent, on_backend, peers
-from normkern.bench.race import Race, keep_memory
+from normkern.bench.race import Race, has_replays, keep_memory
 from normkern.bench.race import run as run_race
 from normkern.bench.sheet import Row, Sheet, device_name
 
@@ -52,8 +52,9 @@ def _table(title: str, lines: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-def _line(layer: Layer, rows: Sequence[Row]) -> list[str]:
-    """One line of the table: normkern's median, the range of its middle 60 % of rounds, and who is how much slower."""
+def _line(layer: Layer, rows: Sequence[Row], suffix: str) -> list[str]:
+    """One line of the table: normkern's median, the range of its middle 60 % of rounds, and who is how much slower.
+    `suffix` follows the name of the mode."""
     by_name = {row.kernel_provider: row for row in rows}
     ours = by_name["normkern"]
     ratios = []
@@ -63,7 +64,7 @@ def _line(layer: Layer, rows: Sequence[Row]) -> list[str]:
             style = "green" if ratio >= 1.05 else "red" if ratio < 0.95 else "default"
             ratios.append(f"{name} [{style}]{ratio:.2f}[/]")
     spread = f"{ours.y_20:.3g}–{ours.y_80:.3g}"
-    cells = [layer.name, layer.size, layer.layout, layer.dtype, ours.kernel_operation_mode]
+    cells = [layer.name, layer.size, layer.layout, layer.dtype, ours.kernel_operation_mode + suffix]
     return [*cells, f"{ours.y_50:.3g}", spread, f"{float(ours.fraction_of_copy):.2f}", "\n".join(ratios)]
 
 
@@ -104,13 +105,15 @@ def run(contest: Contest, seconds: float, out: Path | None, console: Console) ->
             for mode in contest.modes:
                 progress.update(task, description=f"{layer.name} {layer.size} {mode}")
                 live.update(Group(_table(title, lines[-LIVE_ROWS:]), progress))
-                race = Race(layer, mode, rivals, contest.device)
-                rows = run_race(race, seconds)
-                for row in rows:
-                    sheet.add(row)
-                for name, why in race.failed.items():
-                    missing.setdefault(f"{name} ({layer.op} {mode})", {})[why] = None
-                lines.append(_line(layer, rows))
+                for replays in (False, True) if has_replays(layer, contest.device) else (False,):
+                    race = Race(layer, mode, rivals, contest.device, replays)
+                    rows = run_race(race, seconds)
+                    for row in rows:
+                        sheet.add(row)
+                    suffix = " replay" if replays else ""
+                    for name, why in race.failed.items():
+                        missing.setdefault(f"{name} ({layer.op} {mode}{suffix})", {})[why] = None
+                    lines.append(_line(layer, rows, suffix))
                 progress.advance(task)
     console.print(_table(title, lines))
     for name, reasons in missing.items():
