@@ -54,7 +54,7 @@ OPERATORS = (
     ("everyone writes", r"if \((threadIdx\.x|lane) == 0\)", "if (true)"),
     ("everyone leads", r"seat\.(leads|first_lane)\(\) && ", ""),
     # Not the loops over the elements of one access: those are registers, and the compiler sees their end itself.
-    ("bound off by one", r"(?<=[\w\])]) < (?=[\w(])(?!(?:V|kPiece|2);)", " <= "),
+    ("bound off by one", r"(?<=[\w\])]) < (?=[\w(])(?!(?:V|kPiece|kWidth|access\.value|2);)", " <= "),
     ("no tail", r"if \((\w+\.n) == V\)", r"if (\1 > 0)"),
     ("no guard", r"if \((\w+\.n) > 0\)", "if (true)"),
 )
@@ -73,7 +73,6 @@ EQUIVALENT = {
     "reduce.cuh: const int columns = int(tile.columns": SAME,
     "reduce.cuh: const int64_t first = part * per_part": SAME,
     "perturb.cu: for (int i = int(threadIdx.x); i < w.count;": "the word behind the table is written again later",
-    "perturb.cu: for (int i = 0; i < kWidth; ++i)": "n is no more than kWidth",
     "reduce.cuh: if (lane < tile.lanes) {": "a lane too many writes where no lane is read",
 }
 
