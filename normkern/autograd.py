@@ -75,13 +75,16 @@ def gradients(
     residual: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
+    dtotal: Tensor | None = None,
 ) -> _Grads:
-    """dx, dweight, dbias, dresidual where `wanted`; `strides` are those that x had in the forward pass."""
+    """dx, dweight, dbias, dresidual where `wanted`; `strides` are those that x had in the forward pass. `dtotal` is
+    added to dx."""
     if x.stride() != strides:  # a hook on saved tensors may have brought it back otherwise
         x = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
         residual = None if residual is None else same_buffer(residual, x)
     if _must_be_differentiable(dy):
-        return _differentiable_backward(problem, wanted, dy, x, weight, bias, residual, mean, var)
+        dx, *others = _differentiable_backward(problem, wanted, dy, x, weight, bias, residual, mean, var)
+        return dx if dx is None or dtotal is None else dx + dtotal, *others
     need_x, need_weight, need_bias, need_residual = wanted
     dresidual = None
     needs = need_x * NEED_DX | need_weight * NEED_DWEIGHT | need_bias * NEED_DBIAS
@@ -92,7 +95,12 @@ def gradients(
             needs |= NEED_DRESIDUAL
     if not needs:
         return None, None, None, dresidual
-    got = backend.backward(problem, same_buffer(dy, x), x, weight, bias, residual, mean, var, needs)
+    dy = same_buffer(dy, x)
+    if dtotal is None or not need_x:
+        got = backend.backward(problem, dy, x, weight, bias, residual, mean, var, needs)
+    else:
+        dtotal = same_buffer(dtotal, x)
+        got = (*backend.add_backward(problem, dy, dtotal, x, weight, bias, mean, var, needs), x)
     return (
         got[0] if need_x else None,
         got[1].view(weight.shape) if need_weight and weight is not None else None,
@@ -173,6 +181,67 @@ def normalize(
                 residual = x.view_as(x)
         return run(problem, backend, x, weight, bias, residual, mean, var)  # type: ignore[no-any-return]
     return backend.forward(problem, x, weight, bias, residual, mean, var, save)
+
+
+class _NormalizeSum(torch.autograd.Function):
+    """Of what it makes only the sum and the moments are saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        problem: Problem,
+        backend: Backend,
+        x: Tensor,
+        add: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, total, mean, var = backend.add_forward(problem, x, add, weight, bias, True)
+        ctx.save_for_backward(total, weight, bias, None if problem.moments == Moments.second else mean, var)
+        ctx.set_materialize_grads(False)
+        ctx.problem = problem
+        ctx.backend = backend
+        ctx.strides = x.stride()
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> _Grads:
+        need_x, need_add, *need_params = ctx.needs_input_grad[2:]
+        if dy is None:
+            return None, None, dtotal if need_x else None, dtotal if need_add else None, None, None
+        wanted = (need_x or need_add, *need_params, False)
+        total, weight, bias, mean, var = ctx.saved_tensors
+        dx, dweight, dbias, _ = gradients(
+            ctx.problem, ctx.backend, wanted, dy, ctx.strides, total, weight, bias, None, mean, var, dtotal
+        )
+        return None, None, dx if need_x else None, dx if need_add else None, dweight, dbias
+
+
+_run_sum: Any = super(torch.autograd.Function, _NormalizeSum).apply
+
+
+def normalize_sum(
+    problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y of x + add, and that sum; `add` has the strides of x, and the problem no activation."""
+    if _transformed():
+        total = x + add
+        return normalize(problem, total, weight, bias, None, None, None, False)[0], total
+    backend = select(x)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or add.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        run = _run_sum
+        if torch.compiler.is_compiling():
+            run = _NormalizeSum.apply
+            if add is x:  # which torch.compile does not accept
+                add = x.view_as(x)
+        y, total = run(problem, backend, x, add, weight, bias)
+        return y, total if x.requires_grad or add.requires_grad else total.detach()
+    return backend.add_forward(problem, x, add, weight, bias, False)[:2]
 
 
 class _Moments(torch.autograd.Function):

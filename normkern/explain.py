@@ -180,6 +180,7 @@ class _Recorder:
     name = "explain"
     seen: tuple[Problem, Tensor] | None = None
     is_moments = False
+    is_sum = False
     has_parameters = False
 
     def why_not(self, x: Tensor) -> str | None:
@@ -194,6 +195,16 @@ class _Recorder:
         return torch.empty_like(x), moments, moments.clone()
 
     def backward(self, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        raise AssertionError("explain calls no backward")
+
+    def add_forward(
+        self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self.is_sum = True
+        y, mean, var = self.forward(problem, x, weight, bias)
+        return y, torch.empty_like(x), mean, var
+
+    def add_backward(self, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         raise AssertionError("explain calls no backward")
 
     def moments(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,12 +243,16 @@ def _chip_of(x: Tensor, gpu: str | Chip | None) -> Chip | None:
     )
 
 
-def _planned(name: str, problem: Problem, x: Tensor, chip: Chip, affine_grads: bool) -> PlannedPass:
+def _planned(name: str, problem: Problem, x: Tensor, chip: Chip, affine_grads: bool, add: bool) -> PlannedPass:
     domains = [_host.Domain(d.batch, d.rows, d.keep, d.cols) for d in (problem.stats, problem.affine)]
     dtype = getattr(_host.DType, _DTYPES[x.dtype])
     described = _host.Problem(*domains, problem.moments, problem.act, dtype, problem.eps)
     request = _host.Request(
-        pass_=getattr(_host.Pass, name), aligned=True, affine_grads=affine_grads, strategy=_host.Strategy.automatic
+        pass_=getattr(_host.Pass, name),
+        aligned=True,
+        affine_grads=affine_grads,
+        strategy=_host.Strategy.automatic,
+        add=add,
     )
     return PlannedPass(name, _host.make_plan(described, request, chip.described()), chip)
 
@@ -268,7 +283,7 @@ def explain(op: str, input: Tensor, *args: Any, gpu: str | Chip | None = None, *
         reason = "the planner is not built (normkern._host is missing)"
         return Explanation(call, chosen, why_not, problem, copied, chip, no_plan=reason, on_gpu=on_gpu)
     names = ("moments",) if recorder.is_moments else ("forward", "backward")
-    passes = tuple(_planned(name, problem, x, chip, recorder.has_parameters) for name in names)
+    passes = tuple(_planned(name, problem, x, chip, recorder.has_parameters, recorder.is_sum) for name in names)
     return Explanation(call, chosen, why_not, problem, copied, chip, passes, on_gpu=on_gpu)
 
 

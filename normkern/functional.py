@@ -30,7 +30,7 @@ from normkern.checks import (
     shape_of,
     spatial_count,
 )
-from normkern.problem import Problem
+from normkern.problem import Act, Problem
 
 # A constructor of problem.py: from sizes, strides and what the norm adds to the problem, or None where they do not fit.
 Geometry = Callable[..., Problem | None]
@@ -47,6 +47,12 @@ def _fit(x: Tensor, geometry: Geometry, *args: object) -> tuple[Tensor, Problem]
         found = geometry(x.shape, x.stride(), *args)
         assert found is not None, "a contiguous tensor fits every norm"
     return x, found
+
+
+def _in_memory_order(problem: Problem, parameter: Tensor | None) -> Tensor | None:
+    """A parameter as x lies in memory, in the order of whose dimensions its own are."""
+    order = problem.weight_order
+    return parameter if order is None or parameter is None else parameter.permute(order).contiguous()
 
 
 def _normalize(
@@ -67,10 +73,7 @@ def _normalize(
     """
     if call is not None and dense is x:
         direct.remember(call, problem)
-    order = problem.weight_order
-    if order is not None:
-        weight = None if weight is None else weight.permute(order).contiguous()
-        bias = None if bias is None else bias.permute(order).contiguous()
+    weight, bias = _in_memory_order(problem, weight), _in_memory_order(problem, bias)
     if residual is not None:
         residual = autograd.same_buffer(residual, dense)
     y, mean, var = autograd.normalize(problem, dense, weight, bias, residual, mean, var, save)
@@ -256,24 +259,15 @@ def rms_norm(
     y = direct.run(call, None)
     if y is not None:
         return y
-    return _rms_norm("rms_norm", input, normalized_shape, weight, eps, residual, act, call)
+    check_input("rms_norm", input, 0)
+    eps = _rms_eps("rms_norm", input, eps)
+    return _layer_norm("rms_norm", input, normalized_shape, weight, None, eps, residual, act, True, call)
 
 
-def _rms_norm(
-    name: str,
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    eps: float | None,
-    residual: Tensor | None,
-    act: str | None,
-    call: tuple[object, ...] | None = None,
-) -> Tensor:
-    check_input(name, x, 0)
+def _rms_eps(name: str, x: Tensor, eps: float | None) -> float:
     if eps is None:
         eps = 2.0**-52 if x.dtype is torch.float64 else 2.0**-23
-    eps = check_float(name, "eps", eps)
-    return _layer_norm(name, x, normalized_shape, weight, None, eps, residual, act, True, call)
+    return check_float(name, "eps", eps)
 
 
 def _layer_norm(
@@ -388,11 +382,15 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """layer_norm of input + residual, and that sum."""
-    total = _sum("add_layer_norm", input, residual)
+    """layer_norm of input + residual, and that sum: (output, input + residual), both of input's shape and dtype.
+
+    The sum is rounded to that dtype before it is normalized, so output is layer_norm of what is returned beside it.
+    Where input is dense and residual, of the same shape and dtype, has its strides, one pass over both does it all,
+    and so does one backward pass.
+    """
+    _check_sum("add_layer_norm", input, residual)
     eps = check_float("add_layer_norm", "eps", eps)
-    y = _layer_norm("add_layer_norm", total, normalized_shape, weight, bias, eps, None, None, False)
-    return y, total
+    return _add_norm("add_layer_norm", input, residual, normalized_shape, weight, bias, eps, False)
 
 
 def add_rms_norm(
@@ -402,17 +400,41 @@ def add_rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """rms_norm of input + residual, and that sum."""
-    total = _sum("add_rms_norm", input, residual)
-    return _rms_norm("add_rms_norm", total, normalized_shape, weight, eps, None, None), total
+    """rms_norm of input + residual, and that sum, as in add_layer_norm."""
+    _check_sum("add_rms_norm", input, residual)
+    eps = _rms_eps("add_rms_norm", input, eps)
+    return _add_norm("add_rms_norm", input, residual, normalized_shape, weight, None, eps, True)
 
 
-def _sum(name: str, x: Tensor, residual: Tensor) -> Tensor:
+def _check_sum(name: str, x: Tensor, residual: Tensor) -> None:
     check_input(name, x, 0)
     if residual is None:
         raise TypeError(f"{name}: residual must be a Tensor; got None")
     check_residual(name, residual, x)
-    return x + residual
+
+
+def _add_norm(
+    name: str,
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    second: bool,
+) -> tuple[Tensor, Tensor]:
+    found = None
+    if residual.stride() == x.stride() and not autocast.casts(x) and not aten.exporting():
+        shape = check_normalized_shape(name, normalized_shape, x)
+        weight = check_parameter(name, "weight", weight, shape, x)
+        bias = check_parameter(name, "bias", bias, shape, x)
+        if x.numel() != 0:
+            found = problem.layer(x.shape, x.stride(), len(shape), Act.none, eps, second)
+    if found is None:  # a sum of its own is dense, whatever its terms are
+        total = x + residual
+        return _layer_norm(name, total, normalized_shape, weight, bias, eps, None, None, second), total
+    weight, bias = _in_memory_order(found, weight), _in_memory_order(found, bias)
+    return autograd.normalize_sum(found, x, residual, weight, bias)
 
 
 def moments(input: Tensor, dim: int | Sequence[int]) -> tuple[Tensor, Tensor]:

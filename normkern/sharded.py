@@ -285,6 +285,28 @@ class Sharded:
             layout.joined(dresidual) if needs & 8 else nothing,
         )
 
+    def add_forward(
+        self, problem: Problem, x: Any, add: Any, weight: Tensor | None, bias: Tensor | None, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        total = x + add  # by torch, which knows what becomes of two placements
+        y, mean, var = self.forward(problem, total, weight, bias, None, None, None, save)
+        return y, total, mean, var
+
+    def add_backward(
+        self,
+        problem: Problem,
+        dy: Tensor,
+        dtotal: Tensor,
+        x: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx, dweight, dbias, _ = self.backward(problem, dy, x, weight, bias, None, mean, var, needs)
+        return dx + dtotal, dweight, dbias
+
     def moments(self, problem: Problem, x: Any) -> tuple[Tensor, Tensor]:
         layout = _Layout(problem, x)
         local = layout.local(x)

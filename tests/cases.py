@@ -440,7 +440,38 @@ def large() -> Iterator[Case]:
         yield Case(norm, (5, 33000), dtype="bfloat16", param_dtype="float32", params="w")
 
 
+def added() -> list[Case]:
+    """For add_layer_norm and add_rms_norm: the residual is added to x before the norm."""
+    rows = (
+        ((7, 1), 1, "contiguous", "like"),
+        ((65, 49), 1, "contiguous", "like"),
+        ((70, 64), 1, "contiguous", "like"),
+        ((3, 2049), 1, "offset", "like"),
+        ((2, 9000), 1, "contiguous", "like"),
+        ((2, 3, 193), 1, "transposed", "like"),
+        ((2, 6, 5, 7), 1, "channels_last", "like"),
+        ((3, 5, 4, 16), 2, "channels_last_offset", "like"),
+        ((6, 7, 5), 3, "contiguous", "like"),
+        ((4, 5, 7), 2, "contiguous", "unlike"),
+        ((5, 33), 1, "sliced", "like"),
+        ((1, 1), 1, "contiguous", "like"),
+        ((0, 5), 1, "contiguous", "like"),
+        ((2, 0, 3), 2, "contiguous", "like"),
+    )
+    kinds = (("float32", None, "mixed"), ("bfloat16", "float32", "offset"), ("float16", "bfloat16", "scaled"))
+    kinds += (("float64", None, "offset"), ("bfloat16", None, "wide"), ("float32", "float64", "offset"))
+    cases = []
+    for number, (shape, dims, layout, residual) in enumerate(rows):
+        for turn, norm in enumerate(("layer", "rms")):
+            dtype, param_dtype, data = kinds[(5 * number + 3 * turn) % len(kinds)]
+            params = "w" if norm == "rms" else ("wb", "b", "w", "")[number % 4]
+            options = {"dtype": dtype, "param_dtype": param_dtype if params else None, "data": data}
+            cases.append(Case(norm, shape, dims=dims, layout=layout, params=params, residual=residual, **options))
+    return cases
+
+
 CASES = table()
+ADDED = added()
 
 
 def subset(cases: list[Case], count: int, seed: str = "") -> list[Case]:

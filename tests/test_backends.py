@@ -49,6 +49,14 @@ class Spy(Eager):
         self.calls.append("moments")
         return super().moments(*args)
 
+    def add_forward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self.calls.append("add_forward")
+        return Eager.add_forward(Eager(), *args)
+
+    def add_backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls.append("add_backward")
+        return Eager.add_backward(Eager(), *args)
+
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
@@ -265,3 +273,26 @@ def test_explain_plans_for_every_gpu(gpu: str) -> None:
     without = normkern.explain("group_norm", x, 32, gpu=gpu)
     assert without.passes[1].plan != found.passes[1].plan
     assert without.passes[0].plan == found.passes[0].plan
+
+
+def test_a_sum_and_its_norm_are_one_call(spy: Spy) -> None:
+    """Where both lie alike in memory; else the sum is torch's."""
+    x, residual = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
+    with normkern.use_backend("spy"):
+        y, total = normkern.add_layer_norm(x, residual, (8,))
+        (y + total).sum().backward()
+        assert spy.calls == ["add_forward", "add_backward"]
+        spy.calls.clear()
+        normkern.add_rms_norm(x, residual.detach().t().contiguous().t(), (8,))
+        assert spy.calls == ["forward"]
+
+
+def test_explain_counts_the_streams_of_a_sum() -> None:
+    x, weight = torch.randn(64, 768), torch.ones(768)
+    alone, of_sum = (
+        normkern.explain("rms_norm", x, (768,), weight),
+        normkern.explain("add_rms_norm", x, x, (768,), weight),
+    )
+    for a, b, written in zip(alone.passes, of_sum.passes, (1, 0), strict=True):
+        assert b.plan.bytes_read - a.plan.bytes_read == x.nbytes
+        assert b.plan.bytes_written - a.plan.bytes_written == written * x.nbytes

@@ -273,14 +273,24 @@ def operator_calls(layout: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]
     weight, bias = torch.ones(6), torch.zeros(6, dtype=dtype)
     mean, var = BACKENDS["eager"].moments(p, x)
     geometry = (list(p.stats.sizes), list(p.affine.sizes), int(p.moments), int(p.act), p.eps)
+    sum_geometry = (*geometry[:3], p.eps)
     return {
         "forward": (x, weight, bias, x.clone(), None, None, *geometry, True),
         "forward_bare": (x, None, None, None, None, None, *geometry, False),
         "backward": (x.clone(), x, weight, bias, None, mean, var, *geometry, 7),
         "backward_residual": (x.clone(), x, weight, None, x.clone(), mean, var, *geometry, 1 | 8),
+        "add_forward": (x, x.clone(), weight, bias, *sum_geometry, True),
+        "add_forward_bare": (x, x, None, None, *sum_geometry, False),
+        "add_backward": (x.clone(), x.clone(), x, weight, bias, mean, var, *sum_geometry, 7),
         "moments": (x, geometry[0], 0),
         "moments_second": (x, geometry[0], 1),
     }
+
+
+def operator_of(operators: Any, name: str) -> Any:
+    """The operator that a key of operator_calls begins with."""
+    words = name.split("_")
+    return getattr(operators, "_".join(words[: 1 + (words[0] == "add")])).default
 
 
 def statistics_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -295,7 +305,7 @@ def statistics_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
     """Schema, autograd registration, fake tensors, and tracing with symbolic sizes."""
     for name, arguments in operator_calls(layout, dtype).items():
-        operator = getattr(torch.ops.normkern, name.split("_")[0]).default
+        operator = operator_of(torch.ops.normkern, name)
         done = torch.library.opcheck(operator, arguments)
         assert set(done.values()) == {"SUCCESS"}, (name, done)
         assert len(done) == 4
@@ -320,7 +330,7 @@ def test_opcheck_of_running_statistics(dtype: torch.dtype) -> None:
 def test_meta_tensors_have_real_strides_and_dtypes() -> None:
     for layout in ("contiguous", "channels_last"):
         for name, arguments in operator_calls(layout, torch.float32).items():
-            operator = getattr(torch.ops.normkern, name.split("_")[0]).default
+            operator = operator_of(torch.ops.normkern, name)
             meta = [
                 torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a
                 for a in arguments

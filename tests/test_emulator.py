@@ -75,7 +75,11 @@ def every_result(backend: EmulatedBackend, name: str) -> tuple[torch.Tensor, ...
     x, dy = (torch.randn(numel, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3))
     weight = torch.linspace(0.5, 2, problem.affine.groups)
     y, mean, var = backend.forward(problem, x, weight, weight, None, None, None, True)
-    return (y, mean, var, *backend.backward(problem, dy, x, weight, weight, None, mean, var, 7)[:3])
+    results = (y, mean, var, *backend.backward(problem, dy, x, weight, weight, None, mean, var, 7)[:3])
+    if name in ("layer", "group last"):
+        y, total, mean, var = backend.add_forward(problem, x, dy, weight, weight, True)
+        results += (y, total, *backend.add_backward(problem, dy, x, total, weight, weight, mean, var, 7))
+    return results
 
 
 def same_on_schedules(strategy: str, name: str, gpu: Gpu, seeds: range) -> None:
@@ -208,6 +212,8 @@ for strategy in STRATEGIES:
             weight = torch.ones(problem.affine.groups, dtype=dtype)
             y, mean, var = backend.forward(problem, x, weight, weight, None, None, None, True)
             backend.backward(problem, x, x, weight, weight, None, mean, var, 7)
+            y, total, mean, var = backend.add_forward(problem, x, x, weight, weight, True)
+            backend.add_backward(problem, x, x, total, weight, weight, mean, var, 7)
 print("done")
 """
     here = str(Path(__file__).parent)

@@ -203,6 +203,28 @@ def test_add_norms(backend: Setup, function: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("function", ["add_layer_norm", "add_rms_norm"])
+def test_gradcheck_of_sums(backend: Setup, function: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, residual = (torch.randn(3, 4, dtype=torch.float64, generator=generator).to(backend.device) for _ in range(2))
+    weight = torch.rand(4, dtype=torch.float64, generator=generator).to(backend.device)
+    leaves = [t.requires_grad_() for t in (x, residual, weight)]
+
+    def f(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return getattr(normkern, function)(x, residual, (4,), weight, eps=1e-2)
+
+    assert gradcheck(f, leaves, fast_mode=backend.simulated)
+    assert gradgradcheck(f, leaves, fast_mode=True)
+    given = residual.detach(), x.detach().cos()
+    plain = torch.autograd.grad(f(*leaves), leaves, given)
+    torch.testing.assert_close(torch.autograd.grad(f(*leaves), leaves, given, create_graph=True), plain)
+    (twice,) = torch.autograd.grad(f(x, x, weight)[0].square().sum(), x)
+    (once,) = torch.autograd.grad(f(x, x.detach(), weight)[0].square().sum(), x)
+    torch.testing.assert_close(twice, 2 * once)
+    y, total = f(x.detach(), residual.detach(), weight)
+    assert (y.requires_grad, total.requires_grad) == (True, False)
+
+
 def test_moments_are_differentiable(backend: Setup) -> None:
     x = (
         torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ACTIVATIONS, NORMS, Case, Inputs, call, smoke
+from cases import ACTIVATIONS, ADDED, NORMS, Case, Inputs, build, call, smoke
 from conftest import SETUPS, USED, Setup
-from reference import compare, expected, inputs_for
+from reference import Expected, compare, expected, inputs_for
 from torch import Tensor
 
 import normkern
+
+LEAVES = ("x", "weight", "bias", "residual")
 
 
 def run(case: Case, inputs: Inputs, functions: Any = normkern) -> dict[str, Tensor]:
@@ -81,6 +83,57 @@ def test_every_activation(backend: Setup, act: str | None) -> None:
     for residual in (None, "like"):
         for training in (True, False):
             check(Case("batch", (3, 5, 4, 7), act=act, residual=residual, training=training), backend)
+
+
+@pytest.mark.parametrize("case", ADDED, ids=str)
+def test_added(backend: Setup, case: Case) -> None:
+    """The norm of a sum is that of the table; the sum is torch's to the last bit; the gradient of either output alone,
+    and of both at once with one rounding where one launch makes it."""
+    inputs = build(case)
+    assert inputs.residual is not None
+    dtotal = torch.randn(case.shape, generator=torch.Generator().manual_seed(7)).to(case.torch_dtype)
+    alone = Case(**{**vars(case), "residual": None})
+    total = inputs.x + inputs.residual
+    want = expected(alone, Inputs(**{**vars(inputs), "x": total, "residual": None}))
+    moved = inputs.to(backend.device)
+    leaves = {n: getattr(moved, n).detach().requires_grad_() for n in LEAVES if getattr(moved, n) is not None}
+    leaf = Inputs(**{**vars(moved), **leaves})
+    parameters = {"weight": leaf.weight, "eps": case.eps}
+    if case.norm == "layer":
+        y, got_total = normkern.add_layer_norm(leaf.x, leaf.residual, case.param_shape, bias=leaf.bias, **parameters)
+    else:
+        y, got_total = normkern.add_rms_norm(leaf.x, leaf.residual, case.param_shape, **parameters)
+    compare("y", y, want["y"], case)
+    assert got_total.dtype == total.dtype
+    assert torch.equal(got_total.detach().cpu(), total)
+    if case.dense and case.numel:
+        assert strides(y) == strides(got_total) == strides(moved.x)
+
+    one_launch = case.residual == "like" and case.dense
+    through = want["dx"].value
+    past = {"y": None, "total": dtotal.to(backend.device), "both": dtotal.to(backend.device)}
+    for outputs, dsum in past.items():
+        pairs = [(y, moved.dy)] * (outputs != "total") + [(got_total, dsum)] * (outputs != "y")
+        grads = torch.autograd.grad(
+            [p[0] for p in pairs], list(leaves.values()), [p[1] for p in pairs], retain_graph=True, allow_unused=True
+        )
+        got = dict(zip(leaves, grads, strict=True))
+        if outputs == "total":
+            assert torch.equal(got["x"].cpu(), dtotal)
+            assert torch.equal(got["residual"].cpu(), dtotal)
+            assert got.get("weight") is None or not got["weight"].any()
+            continue
+        dx = want["dx"]
+        if outputs == "both":
+            scale = dx.scale + dtotal.double().abs()
+            if not one_launch:
+                scale = scale + through.abs() * torch.finfo(case.torch_dtype).eps / dx.unit
+            dx = Expected(through + dtotal.double(), scale, dx.unit, dx.dtype, one_launch)
+        compare("dx", got["x"], dx, case)
+        compare("dresidual", got["residual"], dx, case)
+        for name in ("weight", "bias"):
+            if name in got:
+                compare(f"d{name}", got[name], want[f"d{name}"], case)
 
 
 @pytest.mark.parametrize("act", [None, "silu"])

@@ -306,6 +306,7 @@ def requests() -> st.SearchStrategy[Request]:
         aligned=st.booleans(),
         affine_grads=st.booleans(),
         strategy=st.sampled_from(list(Strategy)),
+        add=st.booleans(),
     )
 
 
@@ -379,6 +380,8 @@ def test_every_plan(pair: Pair, dtype: DType, moments: Moments, request: Request
 
     needs = {Pass.forward: (1, 1), Pass.moments: (1, 0), Pass.backward: (1 if moments == Moments.given else 2, 1)}
     read, written = needs[request.pass_]
+    if request.add and request.pass_ != Pass.moments:
+        read, written = read + 1, written + (not backward)
     assert plan.bytes_read >= read * tensor
     assert plan.bytes_written >= written * tensor
     if not split and plan.affine.launch.blocks == 0:
@@ -407,6 +410,78 @@ def test_one_read(pass_: Pass) -> None:
         assert plan.strategy != Strategy.split, pair
         assert plan.affine.launch.blocks == 0, pair
         assert plan.bytes_read - 16 * groups <= (reads + 0.4) * tensor, pair
+
+
+@pytest.mark.parametrize(("pair", "chip"), [(layer(512, 4096), H200), (layer(64, 1_000_000), L4)])
+@pytest.mark.parametrize("moments", [Moments.mean_var, Moments.second])
+def test_bytes_of_a_sum(pair: Pair, chip: Gpu, moments: Moments) -> None:
+    """The norm of a sum reads and writes one tensor more than the norm, and its backward pass reads one more: nothing
+    else of the plan changes."""
+    p, tensor = problem(pair, DType.bf16, moments), math.prod(pair[0]) * 2
+    for pass_, written in ((Pass.forward, tensor), (Pass.backward, 0)):
+        alone, of_sum = (make_plan(p, Request(pass_=pass_, affine_grads=True, add=add), chip) for add in (False, True))
+        assert text(alone) == text(of_sum)
+        assert of_sum.bytes_read - alone.bytes_read == tensor
+        assert of_sum.bytes_written - alone.bytes_written == written
+
+
+# ---- what a strategy of slabs could save where `split` reads twice (CONTRIBUTING.md has this table)
+
+# Shape and pass; tensors that split reads and writes, of which slabs would save the second read of x, or of x and dy;
+# MB that must then stay in the L2 cache, which has 62.9: the narrowest slab of whole groups whose lines are 64 bytes.
+TWICE = {
+    "batch norm 256x64x112x112": (batch_last(256, 64, 12544), "forward", 3, 205.5),
+    "batch norm 256x64x112x112, backward": (batch_last(256, 64, 12544), "backward", 5, 411.0),
+    "batch norm 256x64x56x56": (batch_last(256, 64, 3136), "forward", 3, 51.4),
+    "batch norm 256x64x56x56, backward": (batch_last(256, 64, 3136), "backward", 5, 102.8),
+    "batch norm 256x256x56x56": (batch_last(256, 256, 3136), "forward", 3, 51.4),
+    "batch norm 256x256x56x56, backward": (batch_last(256, 256, 3136), "backward", 5, 102.8),
+    "group norm 1x128x512x512, backward": (group_last(1, 128, 512 * 512, 32), "backward", 7, 33.6),
+    "group norm 1x256x512x512, backward": (group_last(1, 256, 512 * 512, 32), "backward", 7, 33.6),
+    "group norm 1x128x1024x1024": (group_last(1, 128, 1 << 20, 32), "forward", 3, 67.1),
+    "group norm 1x128x1024x1024, backward": (group_last(1, 128, 1 << 20, 32), "backward", 7, 134.2),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_what_slabs_could_save(name: str) -> None:
+    pair, pass_, moved, live = TWICE[name]
+    p, tensor = problem(pair, DType.bf16), math.prod(pair[0]) * 2
+    streams = 2 if pass_ == "backward" else 1
+    plan = make_plan(p, Request(pass_=Pass[pass_], affine_grads=streams == 2), H200)
+    assert plan.strategy == Strategy.split
+    assert round((plan.bytes_read + plan.bytes_written) / tensor) == moved
+    d = p.stats.simplify()
+    columns = math.lcm(64 // SIZES[p.dtype], d.cols)
+    assert round(d.rows * columns * SIZES[p.dtype] * streams / 1e6, 1) == live
+
+
+def test_networks_read_twice_only_where_slabs_are_in_question() -> None:
+    """Of the shapes that kernels are made for, the table above is all that `split` takes."""
+    layers = [layer(rows, cols) for rows, cols in ROWS]
+    images = [make(256, c, s) for c, s in RESNET for make in (batch, batch_last)]
+    groups = [make(n, c, s, 32) for n, c, s in DIFFUSION for make in (group, group_last)]
+    found = {
+        (pair, pass_)
+        for pair in layers + images + groups
+        for pass_ in ("forward", "backward")
+        if make_plan(problem(pair, DType.bf16), Request(pass_=Pass[pass_], affine_grads=pass_ == "backward"), H200)
+        .strategy == Strategy.split
+    }  # fmt: skip
+    assert found == {row[:2] for row in TWICE.values()}
+
+
+ROWS = (
+    (16384, 768), (65536, 1024), (16384, 4096), (8192, 8192), (4096, 16384), (65536, 4096), (4096, 65536),
+    (4096, 131072), (1024, 12288), (131072, 128),
+)  # fmt: skip
+RESNET = (
+    (64, 12544), (64, 3136), (256, 3136), (128, 784), (512, 784), (256, 196), (1024, 196), (512, 49), (2048, 49),
+)  # fmt: skip
+DIFFUSION = (
+    (2, 1280, 64), (2, 640, 1024), (2, 640, 4096), (2, 320, 16384), (16, 320, 4096), (16, 320, 16384),
+    (1, 512, 65536), (1, 128, 262144), (1, 256, 262144), (1, 128, 1 << 20),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", list(DType))

@@ -14,14 +14,14 @@ import torch
 from cases import Case, smoke
 from conftest import Setup
 from test_backends import Spy, python
-from test_compile import operator_calls
+from test_compile import operator_calls, operator_of
 from test_norms import check
 from torch import Tensor
 
 import normkern
 from normkern import backends
 from normkern.backends import BACKENDS, triton_plan, triton_tuning
-from normkern.backends import triton as backend
+from normkern.backends import triton_launch as backend
 from normkern.backends.triton import Triton
 from normkern.backends.triton_plan import DEFAULT, TUNINGS
 
@@ -107,7 +107,7 @@ def test_devices_of_others_are_refused() -> None:
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
     """Schema, autograd registration, fake tensors, and tracing with symbolic sizes."""
     for name, arguments in operator_calls(layout, dtype).items():
-        operator = getattr(torch.ops.normkern_triton, name.split("_")[0]).default
+        operator = operator_of(torch.ops.normkern_triton, name)
         moved = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments]
         done = torch.library.opcheck(operator, tuple(moved))
         assert set(done.values()) == {"SUCCESS"}, (name, done)
@@ -253,7 +253,7 @@ class TestInterpreter:
         """A kernel whose programs read `each` elements of var and write as many of out, up to 8."""
         import triton.language as tl
 
-        kernel = backend._kernels().prepare[(8 // each,)]
+        kernel = backend.kernels().prepare[(8 // each,)]
         kernel(None, var, None, None, out, groups=8, EPS=0.0, A=tl.float32, G=each)
 
     def test_accesses_out_of_bounds_are_errors(self) -> None:

@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from normkern import problem
-from normkern.backends import triton as backend
 from normkern.backends import triton_kernels, triton_spectral_kernels, triton_spectrum
+from normkern.backends import triton_launch as backend
 from normkern.backends.triton_plan import Chip
 from normkern.problem import Act, Moments, Problem
 
@@ -96,12 +96,12 @@ def recorded(chip: Chip) -> Iterator[list[Launch]]:
     """Calls of the backend launch nothing; on meta tensors they cost nothing."""
     launches: list[Launch] = []
     kernels = type("Kernels", (), {name: Recorder(name, launches) for name in KERNELS})
-    before = backend._kernels, backend.chip_of
-    backend._kernels, backend.chip_of = lambda: kernels, lambda device: chip  # type: ignore[assignment]
+    before = backend.kernels, backend.chip_of
+    backend.kernels, backend.chip_of = lambda: kernels, lambda device: chip  # type: ignore[assignment]
     try:
         yield launches
     finally:
-        backend._kernels, backend.chip_of = before  # type: ignore[assignment]
+        backend.kernels, backend.chip_of = before  # type: ignore[assignment]
 
 
 def signature(kernel: Any, arguments: dict[str, Any], aligned: bool) -> tuple[dict[str, str], dict[str, Any], Any]:
@@ -325,6 +325,22 @@ def variants() -> Iterator[tuple[str, Callable[[], Any]]]:
                         backend.backward(p, x, x, *params, m, m, n if params[0] is not None else n & 9, split)
                     ),
                 )
+    for dtype, second, split in (
+        (torch.bfloat16, False, False),
+        (torch.float16, True, False),
+        (torch.float32, True, True),
+        (torch.float64, False, True),
+    ):
+        x = meta(64, 1000, dtype=dtype)
+        sums = problem.layer((64, 1000), x.stride(), 1, second=second)
+        moments = meta(64, dtype=torch.float64)
+        yield f"{dtype} sum", lambda p=sums, x=x, split=split: backend.add_forward(p, x, x, None, None, True, split)
+        yield (
+            f"{dtype} sum",
+            lambda p=sums, x=x, m=moments, split=split: (
+                backend.backward(p, x, x, None, None, None, m, m, 1, split, x)
+            ),
+        )
     wide = meta(1 << 20, 4096, dtype=torch.bfloat16)
     images = meta(64, 320, 512, 512, dtype=torch.bfloat16)
     for x, found_wide in (

@@ -47,6 +47,13 @@ STABLE_TORCH_LIBRARY(normkern, library) {
       "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, "
       "SymInt[] stats, SymInt[] affine, int moments, int act, float eps, int needs) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
+  library.def(
+      "add_forward(Tensor x, Tensor add, Tensor? weight, Tensor? bias, SymInt[] stats, SymInt[] affine, int moments, "
+      "float eps, bool save) -> (Tensor y, Tensor total, Tensor mean, Tensor var)");
+  library.def(
+      "add_backward(Tensor dy, Tensor dtotal, Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
+      "SymInt[] stats, SymInt[] affine, int moments, float eps, int needs) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
   library.def("moments(Tensor x, SymInt[] stats, int moments) -> (Tensor mean, Tensor var)");
   library.def(
       "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, SymInt count, "

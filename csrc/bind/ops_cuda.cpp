@@ -88,12 +88,13 @@ bool aligned(std::initializer_list<const void*> buffers) {
 }
 
 Request request_of(const ForwardArgs& a) {
-  return {Pass::forward, aligned({a.x, a.residual, a.y}), false, requested_strategy()};
+  return {Pass::forward, aligned({a.x, a.add, a.residual, a.y, a.total}), false, requested_strategy(),
+          a.add != nullptr};
 }
 
 Request request_of(const BackwardArgs& a) {
-  return {Pass::backward, aligned({a.dy, a.x, a.residual, a.dx, a.dresidual}), a.dweight.data || a.dbias.data,
-          requested_strategy()};
+  return {Pass::backward, aligned({a.dy, a.dtotal, a.x, a.residual, a.dx, a.dresidual}), a.dweight.data || a.dbias.data,
+          requested_strategy(), a.dtotal != nullptr};
 }
 
 Request request_of(const MomentsArgs& a) { return {Pass::moments, aligned({a.x}), false, requested_strategy()}; }

@@ -140,26 +140,15 @@ struct SavedMoments {
         var(new_vector(x, save && p.moments != Moments::given ? p.stats.groups() : 0, aoti_torch_dtype_float64())) {}
 };
 
+// The rest of a forward pass, once `a` has what only some of them take.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                           const OptionalTensor& residual, const OptionalTensor& mean,
-                                           const OptionalTensor& var, const Extents& stats, const Extents& affine,
-                                           int64_t moments, int64_t act, double eps, bool save) {
-  const Problem p = problem_of(x, stats, affine, moments, act, eps);
-  const bool given = p.moments == Moments::given;
-  STD_TORCH_CHECK(!given || (mean && var), "normkern: given moments need mean and var");
-
+std::tuple<Tensor, Tensor, Tensor> run_forward(const Problem& p, ForwardArgs a, const Tensor& x,
+                                               const OptionalTensor& weight, const OptionalTensor& bias, bool save) {
   const Tensor y = new_like(x);
   const SavedMoments saved(x, p, save);
-  ForwardArgs a;
   a.x = x.const_data_ptr();
   a.weight = param_of(weight, x, p.affine.groups(), "weight");
   a.bias = param_of(bias, x, p.affine.groups(), "bias");
-  a.residual = same_buffer(residual, x, "residual");
-  if (given) {
-    a.mean = param_of(mean, x, p.stats.groups(), "mean");
-    a.var = param_of(var, x, p.stats.groups(), "var");
-  }
   a.y = y.mutable_data_ptr();
   a.mean_out = static_cast<double*>(data_or_null(saved.mean));
   a.var_out = static_cast<double*>(data_or_null(saved.var));
@@ -168,12 +157,43 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                                                    const OptionalTensor& bias, const OptionalTensor& residual,
-                                                    const OptionalTensor& mean, const OptionalTensor& var,
-                                                    const Extents& stats, const Extents& affine, int64_t moments,
-                                                    int64_t act, double eps, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                           const OptionalTensor& residual, const OptionalTensor& mean,
+                                           const OptionalTensor& var, const Extents& stats, const Extents& affine,
+                                           int64_t moments, int64_t act, double eps, bool save) {
   const Problem p = problem_of(x, stats, affine, moments, act, eps);
+  const bool given = p.moments == Moments::given;
+  STD_TORCH_CHECK(!given || (mean && var), "normkern: given moments need mean and var");
+  ForwardArgs a;
+  a.residual = same_buffer(residual, x, "residual");
+  if (given) {
+    a.mean = param_of(mean, x, p.stats.groups(), "mean");
+    a.var = param_of(var, x, p.stats.groups(), "var");
+  }
+  return run_forward<Device>(p, a, x, weight, bias, save);
+}
+
+// The norm of x + add, and that sum, second.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& add, const OptionalTensor& weight,
+                                                       const OptionalTensor& bias, const Extents& stats,
+                                                       const Extents& affine, int64_t moments, double eps, bool save) {
+  const Problem p = problem_of(x, stats, affine, moments, int64_t(Act::none), eps);
+  STD_TORCH_CHECK(p.moments != Moments::given, "normkern: the moments of a sum are computed, not given");
+  const Tensor total = new_like(x);
+  ForwardArgs a;
+  a.add = same_buffer(add, x, "add");
+  a.total = total.mutable_data_ptr();
+  const auto [y, mean, var] = run_forward<Device>(p, a, x, weight, bias, save);
+  return {y, total, mean, var};
+}
+
+// The rest of a backward pass, once `a` has what only some of them take.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Problem& p, BackwardArgs a, const Tensor& dy,
+                                                        const Tensor& x, const OptionalTensor& weight,
+                                                        const OptionalTensor& bias, const OptionalTensor& mean,
+                                                        const OptionalTensor& var, int64_t needs) {
   STD_TORCH_CHECK(var && (mean || p.moments == Moments::second), "normkern: backward needs the moments of forward");
 
   // A gradient has its parameter's dtype; without the parameter there is none to ask for.
@@ -185,12 +205,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   const Tensor dweight = parameter_gradient(weight, kNeedDweight, "weight");
   const Tensor dbias = parameter_gradient(bias, kNeedDbias, "bias");
 
-  BackwardArgs a;
   a.dy = same_buffer(dy, x, "dy");
   a.x = x.const_data_ptr();
   a.weight = param_of(weight, x, p.affine.groups(), "weight");
   a.bias = param_of(bias, x, p.affine.groups(), "bias");
-  a.residual = same_buffer(residual, x, "residual");
   a.mean = param_of(p.moments == Moments::second ? std::nullopt : mean, x, p.stats.groups(), "mean");
   a.var = param_of(var, x, p.stats.groups(), "var");
   a.dx = data_or_null(dx);
@@ -199,6 +217,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   a.dresidual = data_or_null(dresidual);
   if (needs) Device::run(p, a, x);
   return {dx, dweight, dbias, dresidual};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, const OptionalTensor& residual,
+                                                    const OptionalTensor& mean, const OptionalTensor& var,
+                                                    const Extents& stats, const Extents& affine, int64_t moments,
+                                                    int64_t act, double eps, int64_t needs) {
+  const Problem p = problem_of(x, stats, affine, moments, act, eps);
+  BackwardArgs a;
+  a.residual = same_buffer(residual, x, "residual");
+  return run_backward<Device>(p, a, dy, x, weight, bias, mean, var, needs);
+}
+
+// dx has dtotal, the gradient that reached x past the norm, added to it.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> add_backward(const Tensor& dy, const Tensor& dtotal, const Tensor& x,
+                                                const OptionalTensor& weight, const OptionalTensor& bias,
+                                                const OptionalTensor& mean, const OptionalTensor& var,
+                                                const Extents& stats, const Extents& affine, int64_t moments,
+                                                double eps, int64_t needs) {
+  const Problem p = problem_of(x, stats, affine, moments, int64_t(Act::none), eps);
+  STD_TORCH_CHECK(p.moments != Moments::given, "normkern: the moments of a sum are computed, not given");
+  STD_TORCH_CHECK(!(needs & kNeedDresidual), "normkern: a sum has no residual");
+  BackwardArgs a;
+  a.dtotal = same_buffer(dtotal, x, "dtotal");
+  const auto [dx, dweight, dbias, none] = run_backward<Device>(p, a, dy, x, weight, bias, mean, var, needs);
+  return {dx, dweight, dbias};
 }
 
 template <class Device>
@@ -251,6 +297,8 @@ void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("forward", TORCH_BOX(&forward<Device>));
   library.impl("backward", TORCH_BOX(&backward<Device>));
   library.impl("moments", TORCH_BOX(&moments<Device>));
+  library.impl("add_forward", TORCH_BOX(&add_forward<Device>));
+  library.impl("add_backward", TORCH_BOX(&add_backward<Device>));
 }
 
 }  // namespace normkern::bind

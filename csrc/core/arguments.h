@@ -18,19 +18,24 @@ struct Grad {
   DType dtype = DType::f32;
 };
 
-// y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
+// y = act((x - mean) / sqrt(var + eps) * weight + bias + residual). With `add`, which given moments exclude, x + add
+// rounded to the dtype of x takes the place of x, and `total` gets it.
 struct ForwardArgs {
   const void* x = nullptr;         // [numel]
+  const void* add = nullptr;       // [numel]
   Param weight, bias;              // [affine.groups()]
   const void* residual = nullptr;  // [numel]
   Param mean, var;                 // [stats.groups()], read only where moments are given
   void* y = nullptr;               // [numel]
+  void* total = nullptr;           // [numel], if `add`
   double* mean_out = nullptr;      // [stats.groups()], mean_var only
   double* var_out = nullptr;       // [stats.groups()], biased variance, or the second moment
 };
 
+// dx is the gradient that comes through y, plus `dtotal`, which reached x past the norm.
 struct BackwardArgs {
   const void* dy = nullptr;        // [numel]
+  const void* dtotal = nullptr;    // [numel], excluded by given moments
   const void* x = nullptr;         // [numel]
   Param weight, bias;              // [affine.groups()]; bias and residual only matter under an activation
   const void* residual = nullptr;  // [numel]

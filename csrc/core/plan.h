@@ -31,6 +31,7 @@ struct Request {
   bool aligned = true;        // every element buffer starts on a 16-byte boundary
   bool affine_grads = false;  // backward: dweight or dbias is wanted
   Strategy strategy = Strategy::automatic;
+  bool add = false;  // forward: of x + add; backward: dx + dtotal
 };
 
 struct Launch {
@@ -407,6 +408,10 @@ constexpr void count_bytes(const Problem& p, const Request& request, Plan& plan)
   const bool needs_x = !backward || !given || p.act != Act::none;
   plan.bytes_read += (backward ? 1 + int64_t(needs_x) : 1) * tensor + params;
   plan.bytes_written += tensor;
+  if (request.add) {
+    plan.bytes_read += tensor;
+    if (!backward) plan.bytes_written += tensor;
+  }
   if (backward || given) plan.bytes_read += moments;
   if (!backward && !given) plan.bytes_written += moments;
   if (backward && request.affine_grads) plan.bytes_written += params;

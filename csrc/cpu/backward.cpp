@@ -23,19 +23,11 @@ class Backward {
         threads_(threads),
         weight_(l, a.weight, A(1)),
         bias_(l, a.bias, A(0)),
-        elements_{a.x,
-                  a.dy,
-                  a.residual,
-                  nullptr,
-                  a.dx,
-                  a.dresidual,
-                  weight_.data(),
-                  bias_.data(),
-                  p.act,
-                  l.by_line,
-                  l.stats.numel() * size_of(p.dtype) >= kStreamBytes,
-                  0,
-                  nullptr},
+        elements_{a.x,         a.dy,           a.residual,
+                  a.dtotal,    nullptr,        a.dx,
+                  a.dresidual, weight_.data(), bias_.data(),
+                  p.act,       l.by_line,      l.stats.numel() * size_of(p.dtype) >= kStreamBytes,
+                  0,           nullptr},
         wants_weights_(a.dweight.data || a.dbias.data),
         wants_sums_(a.dx && p.moments != Moments::given) {}
 
@@ -278,6 +270,7 @@ class Backward {
     std::fill_n(w.second, n, 0.0);
     Elements<A> e = elements(box);
     e.kept = kept;
+    e.dtotal = nullptr;
     if (!l_.columns) {
       const BackwardSums s = {wants_sums_ ? w.first : nullptr, w.second, share.dbias.get(), share.dweight.get(),
                               share.first};

@@ -130,14 +130,14 @@ class Forward {
         l_(l),
         a_(a),
         threads_(threads),
-        reduce_(kernels, l, a.x, p.dtype, p.moments == Moments::mean_var) {}
+        reduce_(kernels, l, a.add ? a.total : a.x, p.dtype, p.moments == Moments::mean_var) {}
 
   void run() {
     const int64_t wanted = wanted_tasks(l_.stats.numel(), threads_), bytes = l_.stats.numel() * size_of(p_.dtype);
     if (a_.y) {
       weight_ = std::make_unique<Expanded<A>>(l_, a_.weight, A(1));
       bias_ = std::make_unique<Expanded<A>>(l_, a_.bias, A(0));
-      elements_.x = a_.x;
+      elements_.x = a_.add ? a_.total : a_.x;
       elements_.residual = a_.residual;
       elements_.y = a_.y;
       elements_.weight = weight_->data();
@@ -175,6 +175,7 @@ class Forward {
       const int64_t end = Grid::cut(tiles.count(), wanted, task + 1);
       for (int64_t i = Grid::cut(tiles.count(), wanted, task); i < end; ++i) {
         const Box box = tiles.box(i);
+        add(box);
         reduce_.add(box, scratch, found);
         finish(box, found, task * entries, centers);
         if (a_.y) map(box, centers.at(task * entries));
@@ -191,6 +192,7 @@ class Forward {
       typename BoxMoments<A>::Scratch scratch(l_, grid.most_entries());
       for (int64_t b = grid.first_batch(task); b < grid.last_batch(task); ++b) {
         const Box box = grid.box(task, b);
+        add(box);
         reduce_.add(box, scratch, to);
         to += box.groups();
       }
@@ -240,6 +242,15 @@ class Forward {
   }
 
   Elements<A> elements(const Box& box) const { return at_box(elements_, l_, box); }
+
+  // x + add of a box becomes what is reduced, from the cache.
+  void add(const Box& box) const {
+    if (!a_.add) return;
+    if (!l_.columns) return kernels_.add_runs(a_.x, a_.add, a_.total, l_.runs(box));
+    const Columns c = l_.lines(box);
+    kernels_.add_runs(a_.x, a_.add, a_.total, {c.first, c.width, 1, c.width, c.lines, c.stride});
+    if (c.tail > 0) kernels_.add_runs(a_.x, a_.add, a_.total, {c.first + c.lines * c.stride, c.tail, 1, c.tail, 1, 0});
+  }
 
   void map(const Box& box, Center<A> center) const {
     if (l_.columns) return kernels_.map_columns(elements(box), l_.lines(box), center);

@@ -46,7 +46,7 @@ struct Center {
 
 template <class A>
 struct Elements {
-  const void *x, *dy, *residual;
+  const void *x, *dy, *residual, *dtotal;
   void *y, *dx, *dresidual;
   const A *weight, *bias;  // by Lookup for runs; [lines] for columns if by_line, else in Center
   Act act;
@@ -81,6 +81,8 @@ struct Kernels {
                           ShiftedSums<A> s);
   void (*exact_moments_columns)(const void* x, const Columns& c, bool centered, bool pick, int64_t cols, int64_t period,
                                 ShiftedSums<double> s);
+  // total = x + add, rounded.
+  void (*add_runs)(const void* x, const void* add, void* total, const Runs& r);
   void (*map_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center);
   void (*map_columns)(const Elements<A>& e, const Columns& c, Center<A> center);
   void (*sums_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center, BackwardSums s);

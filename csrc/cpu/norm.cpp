@@ -131,8 +131,8 @@ struct TailOf {
 template <class A, class Loop>
 NK_INLINE void with_tail(const Elements<A>& a, Loop loop) {
   if constexpr (sizeof(A) == 4) {
-    if (a.act == Act::none && !a.residual && !a.dresidual) return loop(TailOf<Tail::none>());
-    if (a.act == Act::relu) return loop(TailOf<Tail::relu>());
+    if (a.act == Act::none && !a.residual && !a.dresidual && !a.dtotal) return loop(TailOf<Tail::none>());
+    if (a.act == Act::relu && !a.dtotal) return loop(TailOf<Tail::relu>());
   }
   loop(TailOf<Tail::any>());
 }
@@ -168,6 +168,13 @@ NK_INLINE Pack<A> dz_again(const Elements<A>& a, int64_t e, int64_t place, int64
   return dz_of<kTail, T>(a, e, n, load_some<A>(static_cast<const T*>(a.dy) + e, n), make_z);
 }
 
+// dx, once what came past the norm is added to what came through it.
+template <Tail kTail, class T, class A>
+NK_INLINE Pack<A> past(const Elements<A>& a, int64_t e, int64_t n, Pack<A> dx) {
+  if (kTail != Tail::any || !a.dtotal) return dx;
+  return dx + load_some<A>(static_cast<const T*>(a.dtotal) + e, n);
+}
+
 // Every function copies its Elements: the compiler then knows that no store changes them.
 
 template <class A>
@@ -181,6 +188,21 @@ struct Normalize {
 };
 
 // ---- forward ----
+
+template <class T, class A>
+void add_runs(const void* x, const void* add, void* total, const Runs& r) {
+  const T *a = static_cast<const T*>(x), *b = static_cast<const T*>(add);
+  T* to = static_cast<T*>(total);
+  const bool whole = r.length == r.pitch;  // all runs of a line at once
+  for (int64_t line = 0; line < r.lines; ++line) {
+    for (int64_t run = 0; run < (whole ? 1 : r.count); ++run) {
+      const int64_t e = r.first + line * r.stride + run * r.pitch;
+      for_packs(to + e, whole ? r.count * r.length : r.length, false, [&](int64_t i, int64_t n, auto) NK_INLINED {
+        store_some(to + e + i, load_some<A>(a + e + i, n) + load_some<A>(b + e + i, n), n);
+      });
+    }
+  }
+}
 
 template <class T, class A>
 void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center) {
@@ -456,7 +478,8 @@ void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup
                     offset = fill(slopes.offset[run]);
       const auto write = [&](int64_t i, int64_t m, Pack<A> d, Pack<A> dz, Pack<A> scale, auto stream) NK_INLINED {
         if (kTail != Tail::none && a.dresidual) put(dresidual + i, dz, m, stream);
-        if (kTail == Tail::none || a.dx) put(dx + i, fma(d * rstd, slope, fma(dz, scale, offset)), m, stream);
+        if (kTail == Tail::none || a.dx)
+          put(dx + i, past<kTail, T>(a, e + i, m, fma(d * rstd, slope, fma(dz, scale, offset))), m, stream);
       };
       // Where dx is not wanted, dresidual is; their buffers are aligned alike.
       const T* to = a.dx ? dx : dresidual;
@@ -508,7 +531,8 @@ void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> cent
         if (kTail != Tail::none && !a.dx) return;
         if (a.by_line) dz = dz * weight;
         const Pack<A> t = d * load_some<A>(center.rstd + j, n), offset = load_some<A>(slopes.offset + j, n);
-        put(dx + j, fma(t, load_some<A>(slopes.slope + j, n), fma(dz, scale, offset)), n, stream);
+        const Pack<A> through = fma(t, load_some<A>(slopes.slope + j, n), fma(dz, scale, offset));
+        put(dx + j, past<kTail, T>(a, e + j, n, through), n, stream);
       });
     });
   });
@@ -516,10 +540,10 @@ void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> cent
 }
 
 template <class T, class A>
-constexpr Kernels<A> kKernels = {
-    moments_runs<T, A>, moments_runs<T, double>, moments_columns<T, A>, moments_columns<T, double>,
-    map_runs<T, A>,     map_columns<T, A>,       sums_runs<T, A>,       sums_columns<T, A>,
-    slope_runs<T, A>,   slope_columns<T, A>};
+constexpr Kernels<A> kKernels = {moments_runs<T, A>,         moments_runs<T, double>, moments_columns<T, A>,
+                                 moments_columns<T, double>, add_runs<T, A>,          map_runs<T, A>,
+                                 map_columns<T, A>,          sums_runs<T, A>,         sums_columns<T, A>,
+                                 slope_runs<T, A>,           slope_columns<T, A>};
 
 }  // namespace
 

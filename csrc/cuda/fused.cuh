@@ -51,13 +51,16 @@ class Stager {
 
 template <class T, int V>
 struct FusedForward {
-  const T* x;
-  T* y;  // null: moments alone
+  const T *x, *add;  // add may be null, and total then is
+  T *y, *total;      // y null: moments alone
   Teams teams;
   Affine<T> affine;
   double eps;
   bool second;
   double *mean_out, *var_out;
+
+  // What is normalized.
+  NK_DEVICE T element(int64_t e) const { return add ? rounded_sum(x[e], add[e]) : x[e]; }
 };
 
 template <class T, int V, bool C>
@@ -75,6 +78,13 @@ __global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_for
     const Spot s = stager.take(at);
     Chunk own{0, s.lines > 0 ? 1 : 0};
     if constexpr (C) own = seat.own_columns(s);
+    if (f.add) {  // the sum takes the place of x
+      seat.each(s, at, [&](int, const Chunk& c, Access* x) {
+        const Access sum = rounded_sum(*x, load_chunk<T, V>(f.add, c));
+        store<T, V>(x->v, sum);
+        store_chunk<T, V>(f.total, c, sum);
+      });
+    }
     // Any value of the group will do to keep a large mean out of the sums; a second moment must not have one. By
     // columns it is that of the first line, so that all lines of a column have the same.
     A shift[N] = {}, mean[N], rest[N] = {};
@@ -82,7 +92,7 @@ __global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_for
       if constexpr (C) {
         NK_UNROLL
         for (int i = 0; i < V; ++i)
-          if (i < own.n) shift[i] = A(to_float(f.x[s.begin + own.e + i]));
+          if (i < own.n) shift[i] = A(to_float(f.element(s.begin + own.e + i)));
       } else if (seat.has_any(s)) {
         shift[0] = A(to_float(at->v[0]));
       }
@@ -121,7 +131,7 @@ __global__ void __launch_bounds__(C ? kSlabThreads : kFusedThreads, 1) fused_for
     if constexpr (C) {
       const int lines = s.lines - seat.first_line();
       seat.sum_columns(s, own, sum, squares, [&](int column, const Sums& r) {
-        const double from = f.second ? 0 : double(to_float(f.x[s.begin + column]));
+        const double from = f.second ? 0 : double(to_float(f.element(s.begin + column)));
         return Sums{r.first + (lines > 0 ? from * lines : 0.0), r.second};
       });
     } else {

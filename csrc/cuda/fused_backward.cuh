@@ -69,8 +69,8 @@ struct ColumnSums {
 
 template <class T, int V>
 struct FusedBackward {
-  const T *dy, *x;
-  T *dx, *dresidual;  // either may be null
+  const T *dy, *x, *dtotal;  // dtotal may be null
+  T *dx, *dresidual;         // either may be null
   Teams teams;
   Affine<T> affine;
   Param mean, var;
@@ -275,6 +275,7 @@ __global__ void __launch_bounds__(C ? kSlabThreads : kBackwardThreads, 1) fused_
         const int j = C ? i : 0;
         g[i] = ((g[i] - average[j]) - xhat[i] * slope[j]) * normalizer[j].rstd;
       }
+      add_to<T, V>(f.dtotal, c, g);
       store_chunk<T, V>(f.dx, c, narrow<T, V>(g));
     });
   }

@@ -39,19 +39,23 @@ class Launcher {
 
   int forward(const ForwardArgs& a) const {
     const Affine<T> affine = affine_of(a.weight, a.bias, a.residual);
-    if (fused()) return fused_moments(a.x, a.y, affine, a.mean_out, a.var_out);
+    if (fused()) return fused_moments(a, affine);
     if (p_.moments == Moments::given)
       NK_CHECK_CUDA(prepare_arrays(a.mean, a.var));
     else
-      NK_CHECK_CUDA(reduce_moments(a.x, a.mean_out, a.var_out, moment_arrays()));
-    const MapForward<T> map{static_cast<const T*>(a.x), static_cast<T*>(a.y), p_.stats.numel(),
-                            Indexer(p_.stats),          moment_arrays(),      affine};
+      NK_CHECK_CUDA(reduce_moments(a, moment_arrays()));
+    const void* const x = a.add ? a.total : a.x;
+    const MapForward<T> map{static_cast<const T*>(x), static_cast<T*>(a.y), p_.stats.numel(),
+                            Indexer(p_.stats),        moment_arrays(),      affine};
     return launch(config_of(plan_.map), stream_, map_forward<T, V>, map);
   }
 
   int moments(const MomentsArgs& a) const {
-    if (fused()) return fused_moments(a.x, nullptr, Affine<T>{}, a.mean_out, a.var_out);
-    return reduce_moments(a.x, a.mean_out, a.var_out, {});
+    ForwardArgs f;
+    f.x = a.x;
+    f.mean_out = a.mean_out;
+    f.var_out = a.var_out;
+    return fused() ? fused_moments(f, Affine<T>{}) : reduce_moments(f, {});
   }
 
   // Whether the chip can hold what the plan launches together, by its own account.
@@ -144,9 +148,17 @@ class Launcher {
     return launch(fused_config(), stream_, by_columns() ? columns : rows, f);
   }
 
-  int fused_moments(const void* x, void* y, const Affine<T>& affine, double* mean_out, double* var_out) const {
-    const FusedForward<T, V> f{static_cast<const T*>(x),      static_cast<T*>(y), teams_of(1), affine, p_.eps,
-                               p_.moments == Moments::second, mean_out,           var_out};
+  int fused_moments(const ForwardArgs& a, const Affine<T>& affine) const {
+    const FusedForward<T, V> f{static_cast<const T*>(a.x),
+                               static_cast<const T*>(a.add),
+                               static_cast<T*>(a.y),
+                               static_cast<T*>(a.total),
+                               teams_of(1),
+                               affine,
+                               p_.eps,
+                               p_.moments == Moments::second,
+                               a.mean_out,
+                               a.var_out};
     return launch_fused(fused_forward<T, V, false>, fused_forward<T, V, true>, f);
   }
 
@@ -160,6 +172,7 @@ class Launcher {
                                 a.dbias};
     const FusedBackward<T, V> f{static_cast<const T*>(a.dy),
                                 static_cast<const T*>(a.x),
+                                static_cast<const T*>(a.dtotal),
                                 static_cast<T*>(a.dx),
                                 static_cast<T*>(a.dresidual),
                                 teams,
@@ -176,6 +189,7 @@ class Launcher {
     const bool needs_x = p_.moments != Moments::given || p_.act != Act::none;
     const MapBackward<T> m{static_cast<const T*>(a.dy),
                            needs_x ? static_cast<const T*>(a.x) : nullptr,
+                           static_cast<const T*>(a.dtotal),
                            static_cast<T*>(a.dx),
                            static_cast<T*>(a.dresidual),
                            p_.stats.numel(),
@@ -206,11 +220,17 @@ class Launcher {
   unsigned* tickets_at(int64_t offset) const { return reinterpret_cast<unsigned*>(workspace_ + offset); }
   int64_t ticket_count(const Domain& d, const Reduce& r) const { return tickets_of(reduced(d, p_.dtype), r, V); }
 
-  int reduce_moments(const void* x, double* mean_out, double* var_out, const MomentArrays<A>& arrays) const {
+  int reduce_moments(const ForwardArgs& a, const MomentArrays<A>& arrays) const {
     const int64_t tickets = ticket_count(p_.stats, plan_.reduce);
     if (tickets > 0) NK_CHECK_CUDA(zero_async(tickets_at(layout_.reduce), size_t(tickets) * sizeof(unsigned), stream_));
-    const MomentsOf<T, V> op{
-        static_cast<const T*>(x), p_.moments == Moments::second, p_.eps, mean_out, var_out, arrays};
+    const MomentsOf<T, V> op{static_cast<const T*>(a.x),
+                             static_cast<const T*>(a.add),
+                             static_cast<T*>(a.total),
+                             p_.moments == Moments::second,
+                             p_.eps,
+                             a.mean_out,
+                             a.var_out,
+                             arrays};
     return reduce(plan_.reduce, p_.stats, op, layout_.reduce);
   }
 

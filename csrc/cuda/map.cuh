@@ -75,11 +75,7 @@ struct Affine {
       NK_UNROLL
       for (int i = 0; i < V; ++i) z[i] += value[i];
     }
-    if (residual) {
-      widen(load_chunk<T, V>(residual, c), value);
-      NK_UNROLL
-      for (int i = 0; i < V; ++i) z[i] += value[i];
-    }
+    add_to<T, V>(residual, c, z);
   }
 
   template <int V>
@@ -146,7 +142,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) map_forward(const MapForward<T
 
 template <class T>
 struct MapBackward {
-  const T *dy, *x;  // x is null where nothing depends on it
+  const T *dy, *x, *dtotal;  // x is null where nothing depends on it, dtotal may be null
   T *dx, *dresidual;
   int64_t numel;
   Indexer stats;
@@ -185,6 +181,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) map_backward(const MapBackward
     gather<V>(m.moments.rstd, m.stats, group, c.n, value);
     NK_UNROLL
     for (int j = 0; j < V; ++j) g[j] *= value[j];
+    add_to<T, V>(m.dtotal, c, g);
     store_chunk<T, V>(m.dx, c, narrow<T, V>(g));
   }
 }

@@ -20,13 +20,21 @@ struct MomentsOf {
   using Column = ShiftedMoments<A>;  // one element of a line, in shared memory
   using Loaded = Vec<T, V>;
 
-  const T* x;
+  const T *x, *add;  // add may be null, and total then is
+  T* total;
   bool second;
   double eps;
   double *mean_out, *var_out;
   MomentArrays<A> arrays;
 
-  NK_DEVICE Loaded load(const Chunk& c) const { return load_chunk<T, V>(x, c); }
+  // Every element is loaded once, so this is also where the sum is stored.
+  NK_DEVICE Loaded load(const Chunk& c) const {
+    const Loaded loaded = load_chunk<T, V>(x, c);
+    if (!add) return loaded;
+    const Loaded sum = rounded_sum(loaded, load_chunk<T, V>(add, c));
+    store_chunk<T, V, false>(total, c, sum);  // map reads it
+    return sum;
+  }
   NK_DEVICE Cursor own(int64_t) const { return {}; }
 
   struct Along {

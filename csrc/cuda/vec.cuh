@@ -33,10 +33,10 @@ NK_DEVICE Vec<T, V> load_chunk(const T* data, const Chunk& c) {
   return value;
 }
 
-// For what no later kernel reads soon.
-template <class T, int V>
+// kStream: what no later kernel reads soon.
+template <class T, int V, bool kStream = true>
 NK_DEVICE void store_chunk(T* data, const Chunk& c, const Vec<T, V>& value) {
-  if (c.n == V) return store_stream<T, V>(data + c.e, value);
+  if (c.n == V) return kStream ? store_stream<T, V>(data + c.e, value) : store<T, V>(data + c.e, value);
   NK_UNROLL
   for (int i = 0; i < V; ++i)
     if (i < c.n) data[c.e + i] = value.v[i];
@@ -51,6 +51,19 @@ NK_DEVICE void stage_chunk(Vec<T, V>* to, const T* data, const Chunk& c) {
   if (c.n > 0) store<T, V>(to->v, load_chunk<T, V>(data, c));
 }
 
+template <class T>
+NK_DEVICE T rounded_sum(T a, T b) {
+  return from_float<T>(to_float(a) + to_float(b));
+}
+
+template <class T, int V>
+NK_DEVICE Vec<T, V> rounded_sum(const Vec<T, V>& a, const Vec<T, V>& b) {
+  Vec<T, V> sum;
+  NK_UNROLL
+  for (int i = 0; i < V; ++i) sum.v[i] = rounded_sum(a.v[i], b.v[i]);
+  return sum;
+}
+
 template <class T, int V>
 NK_DEVICE void widen(const Vec<T, V>& from, Compute<T> (&to)[V]) {
   NK_UNROLL
@@ -63,6 +76,16 @@ NK_DEVICE Vec<T, V> narrow(const Compute<T> (&from)[V]) {
   NK_UNROLL
   for (int i = 0; i < V; ++i) to.v[i] = from_float<T>(from[i]);
   return to;
+}
+
+// Adds a chunk of `data`, if there is any, to values.
+template <class T, int V>
+NK_DEVICE void add_to(const T* data, const Chunk& c, Compute<T> (&values)[V]) {
+  if (!data) return;
+  Compute<T> more[V];
+  widen(load_chunk<T, V>(data, c), more);
+  NK_UNROLL
+  for (int i = 0; i < V; ++i) values[i] += more[i];
 }
 
 // Walks one group along its runs, slot by slot (plan.h).

@@ -3,6 +3,7 @@
 // The whole table runs on one thread, on a pool that runs its tasks backwards, and on real threads. NORMKERN_CPU picks
 // the instruction set.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -473,6 +474,53 @@ void exact_properties() {
   }
 }
 
+// The norm of a sum is that of what torch adds up, with the same bits; dtotal is added to dx before the one rounding.
+void sums() {
+  for (const auto& [n, c, s, g] : {std::array<int64_t, 4>{1, 1, 1, 1}, {2, 12, 49, 3}, {1, 4100, 17, 41}})
+    for (const Geometry& geometry : geometries(n, c, s, g))
+      for (DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
+        if (geometry.moments == Moments::given) continue;
+        Case whole = make(geometry, dtype, 3, Act::none);
+        const Problem& p = whole.p;
+        const int64_t numel = p.stats.numel();
+        const bool second = p.moments == Moments::second;
+        const Vector x = normal_vector(dtype, numel, 100), add = normal_vector(dtype, numel, -95),
+                     dtotal = normal_vector(dtype, numel);
+        for (int64_t i = 0; i < numel; ++i)  // half types are added in float32 and rounded once more
+          whole.x.set(i, dtype == DType::f64 ? x[i] + add[i] : double(float(x[i]) + float(add[i])));
+        Truth t = truth(whole);
+        for (int64_t i = 0; i < numel; ++i) t.dx[i] += dtotal[i], t.dx_scale[i] += std::fabs(dtotal[i]);
+        for (const cpu::Threads& threads : kPools) {
+          Vector total(dtype, numel), y(dtype, numel), y_of_whole = y, dx = y, var(DType::f64, p.stats.groups()),
+                                                       mean = var;
+          ForwardArgs f;
+          f.x = whole.x.data();
+          f.weight = {whole.weight.data(), whole.weight.dtype};
+          f.y = y_of_whole.data();
+          cpu::forward(p, f, threads);
+          f.x = x.data();
+          f.add = add.data();
+          f.total = total.data();
+          f.y = y.data();
+          f.mean_out = second ? nullptr : static_cast<double*>(mean.data());
+          f.var_out = static_cast<double*>(var.data());
+          cpu::forward(p, f, threads);
+          check(total.bytes == whole.x.bytes, "%s: the sum", whole.name.c_str());
+          check(y.bytes == y_of_whole.bytes, "%s: the norm of a sum", whole.name.c_str());
+          BackwardArgs b;
+          b.dy = whole.dy.data();
+          b.dtotal = dtotal.data();
+          b.x = total.data();
+          b.weight = f.weight;
+          b.mean = {second ? nullptr : mean.data(), DType::f64};
+          b.var = {var.data(), DType::f64};
+          b.dx = dx.data();
+          cpu::backward(p, b, threads);
+          near("dx + dtotal", whole, dx, t.dx, t.dx_scale, computed_in(p));
+        }
+      }
+}
+
 // The first value of a chunk is what its sums are relative to: it must not matter which one it is.
 void outlier_first() {
   for (double outlier : {1e4, 1e8, 1e15}) {
@@ -540,6 +588,7 @@ int main() {
   normkern::test::short_tile_first();
   normkern::test::offsets();
   normkern::test::correctly_rounded();
+  normkern::test::sums();
   normkern::test::table();
   return normkern::test::report("test_cpu");
 }

@@ -61,6 +61,25 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dx, dweight, dbias, dresidual; size 0 where the bit of `needs` is not set."""
 
+    def add_forward(
+        self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """y of x + add, which has no activation, then that sum, rounded to x's dtype, mean and var."""
+
+    def add_backward(
+        self,
+        problem: Problem,
+        dy: Tensor,
+        dtotal: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dx + dtotal, dweight and dbias; x is the sum, and dtotal its gradient that came past the norm."""
+
     def moments(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
         """mean and biased variance, or the second moment, over problem.stats."""
 

@@ -196,7 +196,30 @@ class Eager:
         needs: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            return _gradients(problem, dy, x, weight, bias, residual, mean, var, needs)
+            return _gradients(problem, dy, None, x, weight, bias, residual, mean, var, needs)
+
+    def add_forward(
+        self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            total = x + add
+        y, mean, var = self.forward(problem, total, weight, bias, None, None, None, save)
+        return y, total, mean, var
+
+    def add_backward(
+        self,
+        problem: Problem,
+        dy: Tensor,
+        dtotal: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            return _gradients(problem, dy, dtotal, x, weight, bias, None, mean, var, needs)[:3]
 
     def moments(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -207,6 +230,7 @@ class Eager:
 def _gradients(
     problem: Problem,
     dy: Tensor,
+    dtotal: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -228,7 +252,8 @@ def _gradients(
             g = g - g.mean((1, 3), keepdim=True) - xhat * (g * xhat).mean((1, 3), keepdim=True)
         elif problem.moments == Moments.second:
             g = g - xhat * (g * xhat).mean((1, 3), keepdim=True)
-        dx = _unviewed(rstd * g, x)
+        g = rstd * g
+        dx = _unviewed(g if dtotal is None else g + _viewed(dtotal, problem.stats), x)
     if needs & NEED_DWEIGHT and weight is not None:
         dweight = (dz * xhat.reshape(problem.affine.sizes)).sum((1, 3)).reshape(-1).to(weight.dtype)
     if needs & NEED_DBIAS and bias is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from normkern.problem import Domain, Moments, Problem
+from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Domain, Moments, Problem
 
 _HERE = Path(__file__).resolve().parent.parent
 _REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
@@ -49,7 +49,7 @@ class Native:
 
     def __init__(self) -> None:
         self.cpu_why_not = _load("_C_cpu.so", _REBUILD)
-        if self.cpu_why_not is None and not hasattr(torch.ops.normkern, "evolve"):
+        if self.cpu_why_not is None and not hasattr(torch.ops.normkern, "add_forward"):
             self.cpu_why_not = f"_C_cpu.so is of an older version; {_REBUILD}"
         # The operators' schemas are in the CPU library.
         self.cuda_why_not = self.cpu_why_not or _load(
@@ -60,6 +60,8 @@ class Native:
             # Looking an operator up costs more than calling it.
             self._forward = torch.ops.normkern.forward.default
             self._backward = torch.ops.normkern.backward.default
+            self._add_forward = torch.ops.normkern.add_forward.default
+            self._add_backward = torch.ops.normkern.add_backward.default
             self._moments = torch.ops.normkern.moments.default
             self._update_running = torch.ops.normkern.update_running.default
             self._evolve = torch.ops.normkern.evolve.default
@@ -131,6 +133,33 @@ class Native:
         )
         return dx, dweight, dbias, dresidual
 
+    def add_forward(
+        self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        stats, affine = _extents(problem.stats), _extents(problem.affine)
+        y, total, mean, var = self._add_forward(
+            x, add, weight, bias, stats, affine, int(problem.moments), problem.eps, save
+        )
+        return y, total, mean, var
+
+    def add_backward(
+        self,
+        problem: Problem,
+        dy: Tensor,
+        dtotal: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        stats, affine = _extents(problem.stats), _extents(problem.affine)
+        dx, dweight, dbias = self._add_backward(
+            dy, dtotal, x, weight, bias, mean, var, stats, affine, int(problem.moments), problem.eps, needs
+        )
+        return dx, dweight, dbias
+
     def moments(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, var = self._moments(x, _extents(problem.stats), int(problem.moments))
         return mean, var
@@ -179,6 +208,17 @@ def _group_vectors(x: Tensor, stats: list[int], moments: int, save: bool) -> tup
     )
 
 
+def _gradients(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, affine: list[int], needs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = affine[0] * affine[2]
+    return (
+        _like(x, bool(needs & NEED_DX)),
+        (x if weight is None else weight).new_empty(groups if needs & NEED_DWEIGHT else 0),
+        (x if bias is None else bias).new_empty(groups if needs & NEED_DBIAS else 0),
+    )
+
+
 def _register_fakes() -> None:
     register: Callable[[str], Callable[[Callable[..., object]], object]] = torch.library.register_fake
 
@@ -215,13 +255,38 @@ def _register_fakes() -> None:
         eps: float,
         needs: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        groups = affine[0] * affine[2]
-        return (
-            _like(x, bool(needs & 1)),
-            (x if weight is None else weight).new_empty(groups if needs & 2 else 0),
-            (x if bias is None else bias).new_empty(groups if needs & 4 else 0),
-            _like(x, bool(needs & 8)),
-        )
+        return *_gradients(x, weight, bias, affine, needs), _like(x, bool(needs & NEED_DRESIDUAL))
+
+    @register("normkern::add_forward")
+    def add_forward(
+        x: Tensor,
+        add: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: list[int],
+        affine: list[int],
+        moments: int,
+        eps: float,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _like(x), _like(x), *_group_vectors(x, stats, moments, save)
+
+    @register("normkern::add_backward")
+    def add_backward(
+        dy: Tensor,
+        dtotal: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        stats: list[int],
+        affine: list[int],
+        moments: int,
+        eps: float,
+        needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _gradients(x, weight, bias, affine, needs)
 
     @register("normkern::update_running")
     def update_running(

@@ -11,91 +11,22 @@ import triton
 import triton.language as tl
 
 from normkern.backends.triton_activation import activate, through_activation
+from normkern.backends.triton_tiles import (
+    add_up,
+    column_group,
+    gather,
+    inverse_std,
+    line_group,
+    load_sum,
+    narrow,
+    spread,
+    two_parts,
+    width_of,
+)
 
 GROUP = tl.constexpr(1)
 LINE = tl.constexpr(2)
 COLUMN = tl.constexpr(3)
-
-
-@triton.jit
-def two_parts(mean, A: tl.constexpr):
-    """A float64 mean as high + low of type A; an infinite mean has no low part."""
-    high = mean.to(A)
-    rest = mean - high.to(tl.float64)
-    return high, tl.where(rest == rest, rest, 0.0).to(A)
-
-
-@triton.jit
-def inverse_std(var, EPS: tl.constexpr, A: tl.constexpr):
-    return (1.0 / tl.sqrt(var + EPS)).to(A)
-
-
-@triton.jit
-def width_of(units, ALIGN: tl.constexpr, WIDE: tl.constexpr):
-    if WIDE:
-        units = units.to(tl.int64)
-    return units * ALIGN
-
-
-@triton.jit
-def narrow(v, p):
-    """v as an element of p. From float64 by way of float32: not every compiler has float64 to bfloat16."""
-    if p.dtype.element_ty != tl.float64:
-        v = v.to(tl.float32)
-    return v.to(p.dtype.element_ty)
-
-
-@triton.jit
-def add_up(v, WHOLE: tl.constexpr):
-    """[R] sums of each line, or the sum of the tile."""
-    total = tl.sum(v, 1)
-    if not WHOLE:
-        total = tl.sum(total, 0)
-    return total
-
-
-@triton.jit
-def spread(v, WHOLE: tl.constexpr):
-    """What add_up gave, to meet the tile."""
-    if WHOLE:
-        v = v[:, None]
-    return v
-
-
-@triton.jit
-def line_group(line, first, width, block, cols, keep, BY_LINE: tl.constexpr):
-    """Of each line, or of the first one if they share it."""
-    if BY_LINE > 0:
-        e = (line if BY_LINE == 1 else first) * width
-        group = e // block * keep + e // cols % keep
-    else:
-        group = first * 0
-    return group
-
-
-@triton.jit
-def column_group(col, block, cols, keep, BY_COLUMN: tl.constexpr):
-    if BY_COLUMN == 3:
-        group = col // block * keep + col // cols % keep
-    elif BY_COLUMN == 2:
-        group = col // cols
-    else:
-        group = col
-    return group
-
-
-@triton.jit
-def gather(p, line, col, line_in, col_in, BY_LINE: tl.constexpr, BY_COLUMN: tl.constexpr, A: tl.constexpr):
-    """The elements of p that belong to a tile, of shape [R, C], [R, 1], [1, C] or none; line and col are vectors."""
-    if BY_LINE == 1 and BY_COLUMN > 0:
-        value = tl.load(p + (line[:, None] + col[None, :]), mask=line_in[:, None] & col_in[None, :], other=0).to(A)
-    elif BY_LINE == 1:
-        value = tl.load(p + line, mask=line_in, other=0).to(A)[:, None]
-    elif BY_COLUMN > 0:
-        value = tl.load(p + (line + col), mask=col_in, other=0).to(A)[None, :]
-    else:
-        value = tl.load(p + line).to(A)
-    return value
 
 
 @triton.jit
@@ -120,7 +51,7 @@ def lines_of_tile(tile, groups, rows, keep, WHOLE: tl.constexpr, R: tl.constexpr
 
 @triton.jit(do_not_specialize=["groups", "rows", "keep", "units", "a_block", "a_cols", "a_keep"])
 def fused_forward(
-    x, y, weight, bias, residual, mean_out, var_out,
+    x, add, y, total, weight, bias, residual, mean_out, var_out,
     groups, rows, keep, units, a_block, a_cols, a_keep,
     EPS: tl.constexpr, SECOND: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr,
     WHOLE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
@@ -133,7 +64,9 @@ def fused_forward(
     inside = line_in[:, None] & col_in[None, :]
     begin = line.to(tl.int64) * width
     at = begin[:, None] + col[None, :]
-    v = tl.load(x + at, mask=inside, other=0).to(A)
+    v = load_sum(x, add, at, inside, A)
+    if total is not None:
+        tl.store(total + at, narrow(v, total), mask=inside)
     n = width.to(tl.float64)
     if not WHOLE:
         n = n * rows.to(tl.float64)
@@ -143,10 +76,8 @@ def fused_forward(
         xhat = v * spread(inverse_std(var, EPS, A), WHOLE)
     else:
         # Any value of the group will do to keep a large mean out of the sums.
-        if WHOLE:
-            shift = tl.load(x + begin, mask=line_in, other=0).to(A)
-        else:
-            shift = tl.load(x + first.to(tl.int64) * width).to(A)
+        start = (line if WHOLE else first).to(tl.int64) * width
+        shift = load_sum(x, add, start, group < groups, A)
         d = tl.where(inside, v - spread(shift, WHOLE), 0.0)
         mean = shift.to(tl.float64) + add_up(d, WHOLE).to(tl.float64) / n
         # Once more around a mean that is nearly right: exact sums for its last digits and for the variance.
@@ -179,7 +110,7 @@ def fused_forward(
 
 @triton.jit(do_not_specialize=["groups", "tiles", "rows", "keep", "units", "a_block", "a_cols", "a_keep"])
 def fused_backward(
-    dy, x, weight, bias, residual, mean, var, dx, dresidual, dweight, dbias,
+    dy, x, dtotal, weight, bias, residual, mean, var, dx, dresidual, dweight, dbias,
     groups, tiles, rows, keep, units, a_block, a_cols, a_keep,
     EPS: tl.constexpr, SECOND: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr, GRADIENTS: tl.constexpr,
     WHOLE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
@@ -261,6 +192,8 @@ def fused_backward(
             if not SECOND:
                 g = g - spread((add_up(g, WHOLE).to(tl.float64) / n).to(A), WHOLE)
             g = (g - xhat * spread(slope, WHOLE)) * spread(rstd, WHOLE)
+            if dtotal is not None:
+                g = g + tl.load(dtotal + at, mask=inside, other=0).to(A)
             tl.store(dx + at, narrow(g, dx), mask=inside)
 
     if GRADIENTS == COLUMN:
@@ -307,7 +240,7 @@ def store_partial(p, value, strip, column, col, width, BY_COLUMN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "keep", "units", "across", "parts", "steps", "all_steps", "column_tiles"])
 def reduce_moments(
-    x, count_out, mean_out, m2_out,
+    x, add, total, count_out, mean_out, m2_out,
     rows, keep, units, across, parts, steps, all_steps, column_tiles,
     SECOND: tl.constexpr, A: tl.constexpr, BY_COLUMN: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
@@ -326,7 +259,9 @@ def reduce_moments(
         at = column + step % column_tiles * C + col
         inside = (row < rows)[:, None] & (at < width)[None, :]
         e = ((top + row * keep).to(tl.int64) * width)[:, None] + at[None, :]
-        v = tl.load(x + e, mask=inside, other=0).to(A)
+        v = load_sum(x, add, e, inside, A)
+        if total is not None:
+            tl.store(total + e, narrow(v, total), mask=inside)
         if SECOND:
             m2 += v * v
         else:
@@ -554,7 +489,7 @@ def map_forward(
     "lines", "units", "column_tiles", "s_block", "s_cols", "s_keep", "a_block", "a_cols", "a_keep",
 ])  # fmt: skip
 def map_backward(
-    dy, x, weight, bias, residual, high, low, rstd, average_g, average_gx, dx, dresidual,
+    dy, x, dtotal, weight, bias, residual, high, low, rstd, average_g, average_gx, dx, dresidual,
     lines, units, column_tiles, s_block, s_cols, s_keep, a_block, a_cols, a_keep,
     ACT: tl.constexpr, A: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     S_LINE: tl.constexpr, S_COLUMN: tl.constexpr, A_LINE: tl.constexpr, A_COLUMN: tl.constexpr,
@@ -596,4 +531,7 @@ def map_backward(
             g = g - gather(average_g, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
         if average_gx is not None:
             g = g - xhat * gather(average_gx, s_line, s_col, line_in, col_in, S_LINE, S_COLUMN, A)
-        tl.store(dx + e, narrow(g * scale, dx), mask=inside)
+        g = g * scale
+        if dtotal is not None:
+            g = g + tl.load(dtotal + e, mask=inside, other=0).to(A)
+        tl.store(dx + e, narrow(g, dx), mask=inside)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkern.backends.triton import _on
+from normkern.backends.triton_launch import running_on
 
 LAG_TILE = 128  # input channels that a program sums at a time, at most
 FREQUENCIES = 256  # of a program
@@ -31,7 +31,7 @@ def lags(weight: Tensor) -> Tensor:
     found = weight.new_empty((out, count), dtype=torch.float64)
     if found.numel():
         tile = min(LAG_TILE, 1 << max(depth - 1, 0).bit_length())
-        with _on(weight.device):
+        with running_on(weight.device):
             _kernels().sum_lags[(out * count,)](weight, found, depth, rows, cols, J=tile)
     return found
 
@@ -51,7 +51,7 @@ def _multiply(
     tiles = -(-rows * (cols // 2 + 1) // each)
     if y.numel():
         kh, kw, down, right = taps
-        with _on(lags.device):
+        with running_on(lags.device):
             _kernels().multiply[(channels * tiles,)](
                 x, y, lags, _waves(rows, cols, lags.device), batch, channels, rows, cols, kh, kw,
                 down % rows, right % cols, EPS=eps, F=each,

@@ -147,12 +147,14 @@ NK_API int nk_forward(const Problem* p, const Request* request, const Gpu* gpu, 
   const int64_t size = size_of(p->dtype);
   Buffers buffers;
   buffers.in(a->x, numel, size, "x");
+  buffers.in(a->add, numel, size, "add");
   buffers.in(a->weight, channels, "weight");
   buffers.in(a->bias, channels, "bias");
   buffers.in(a->residual, numel, size, "residual");
   buffers.in(a->mean, groups, "mean");
   buffers.in(a->var, groups, "var");
   buffers.out(a->y, numel, size, "y");
+  buffers.out(a->total, numel, size, "total");
   buffers.out(a->mean_out, groups, sizeof(double), "mean_out");
   buffers.out(a->var_out, groups, sizeof(double), "var_out");
   return run(*p, *request, *gpu, Pass::forward, *a, buffers, plan, cuda::forward);
@@ -163,6 +165,7 @@ NK_API int nk_backward(const Problem* p, const Request* request, const Gpu* gpu,
   const int64_t size = size_of(p->dtype);
   Buffers buffers;
   buffers.in(a->dy, numel, size, "dy");
+  buffers.in(a->dtotal, numel, size, "dtotal");
   buffers.in(a->x, numel, size, "x");
   buffers.in(a->weight, channels, "weight");
   buffers.in(a->bias, channels, "bias");

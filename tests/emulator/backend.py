@@ -74,12 +74,14 @@ class CVector(Struct):
 class CForwardArgs(Struct):
     _fields_: ClassVar[Fields] = [
         ("x", ctypes.c_void_p),
+        ("add", ctypes.c_void_p),
         ("weight", CVector),
         ("bias", CVector),
         ("residual", ctypes.c_void_p),
         ("mean", CVector),
         ("var", CVector),
         ("y", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
         ("mean_out", ctypes.c_void_p),
         ("var_out", ctypes.c_void_p),
     ]
@@ -88,6 +90,7 @@ class CForwardArgs(Struct):
 class CBackwardArgs(Struct):
     _fields_: ClassVar[Fields] = [
         ("dy", ctypes.c_void_p),
+        ("dtotal", ctypes.c_void_p),
         ("x", ctypes.c_void_p),
         ("weight", CVector),
         ("bias", CVector),
@@ -134,6 +137,7 @@ class CRequest(Struct):
         ("aligned", ctypes.c_bool),
         ("affine_grads", ctypes.c_bool),
         ("strategy", ctypes.c_int32),
+        ("add", ctypes.c_bool),
     ]
 
 
@@ -320,19 +324,70 @@ class EmulatedBackend:
         var: Tensor | None,
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._forward(problem, x, None, None, weight, bias, residual, mean, var, save)
+
+    def add_forward(
+        self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        total = _poisoned(x)
+        y, mean, var = self._forward(problem, x, add, total, weight, bias, None, None, None, save)
+        return y, total, mean, var
+
+    def _forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        add: Tensor | None,
+        total: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y = _poisoned(x)
         mean_out, var_out = self._moment_outputs(problem, save)
         args = CForwardArgs(
-            _pointer(x), _vector(weight), _vector(bias), _pointer(residual), _vector(mean), _vector(var),
-            _pointer(y), _pointer(mean_out), _pointer(var_out),
+            _pointer(x), _pointer(add), _vector(weight), _vector(bias), _pointer(residual), _vector(mean), _vector(var),
+            _pointer(y), _pointer(total), _pointer(mean_out), _pointer(var_out),
         )  # fmt: skip
-        self._run("nk_forward", problem, x, args, [x, residual, y])
+        self._run("nk_forward", problem, x, args, [x, add, residual, y, total], add=add is not None)
         return y, mean_out, var_out
 
     def backward(
         self,
         problem: Problem,
         dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._backward(problem, dy, None, x, weight, bias, residual, mean, var, needs)
+
+    def add_backward(
+        self,
+        problem: Problem,
+        dy: Tensor,
+        dtotal: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._backward(problem, dy, dtotal, x, weight, bias, None, mean, var, needs)[:3]
+
+    def _backward(
+        self,
+        problem: Problem,
+        dy: Tensor,
+        dtotal: Tensor | None,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -351,11 +406,12 @@ class EmulatedBackend:
         dx, dresidual = gradient(x, NEED_DX), gradient(residual, NEED_DRESIDUAL)
         dweight, dbias = param_gradient(weight, NEED_DWEIGHT), param_gradient(bias, NEED_DBIAS)
         args = CBackwardArgs(
-            _pointer(dy), _pointer(x), _vector(weight), _vector(bias), _pointer(residual), _vector(mean), _vector(var),
-            _pointer(dx), _vector(dweight), _vector(dbias), _pointer(dresidual),
+            _pointer(dy), _pointer(dtotal), _pointer(x), _vector(weight), _vector(bias), _pointer(residual),
+            _vector(mean), _vector(var), _pointer(dx), _vector(dweight), _vector(dbias), _pointer(dresidual),
         )  # fmt: skip
+        buffers = [dy, dtotal, x, residual, dx, dresidual]
         self._run(
-            "nk_backward", problem, x, args, [dy, x, residual, dx, dresidual], bool(needs & (NEED_DWEIGHT | NEED_DBIAS))
+            "nk_backward", problem, x, args, buffers, bool(needs & (NEED_DWEIGHT | NEED_DBIAS)), dtotal is not None
         )
         return dx, dweight, dbias, dresidual
 
@@ -394,6 +450,7 @@ class EmulatedBackend:
         args: Struct,
         buffers: list[Tensor | None],
         affine_grads: bool = False,
+        add: bool = False,
     ) -> None:
         self._check_sizes(problem, x, buffers)
         draw = zlib.crc32(repr((problem, x.dtype, function)).encode())
@@ -404,7 +461,7 @@ class EmulatedBackend:
             CDomain(*problem.stats.sizes), CDomain(*problem.affine.sizes),
             int(problem.moments), int(problem.act), DTYPES[x.dtype], problem.eps,
         )  # fmt: skip
-        request = CRequest(0, aligned, affine_grads, STRATEGIES.index(self.strategy))
+        request = CRequest(0, aligned, affine_grads, STRATEGIES.index(self.strategy), add)
         self.plan = Plan()
         self.library.nk_options(seed, 4, 25, self.preempt_ppm)
         structs = [ctypes.byref(struct) for struct in (c_problem, request, gpu, args, self.plan)]
