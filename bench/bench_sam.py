@@ -64,12 +64,12 @@ def kept_bytes(sam: SAM, model: nn.Module, x: Tensor, y: Tensor) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Steps of SGD, SAM-ON and SAM on the CPU")
-    parser.add_argument("--quick", action="store_true", help="5 rounds instead of 25")
+    parser.add_argument("--quick", action="store_true", help="5 rounds instead of 15")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    sheet, rounds = Sheet(arguments.csv), 5 if arguments.quick else 25
+    sheet, rounds = Sheet(arguments.csv), 5 if arguments.quick else 15
     print("| network | rival | CPU ms of a step | SGD = 1 | kept between the passes, of the parameters |")
     print("|---|---|---:|---:|---:|")
     for network, (make, shape) in NETWORKS.items():

@@ -30,11 +30,12 @@ ROOT = HERE.parent
 DTYPE = "bf16"
 FILES = (
     "vec.cuh", "merge.cuh", "map.cuh", "team.cuh", "fused.cuh", "fused_backward.cuh", "reduce.cuh", "launch.cuh",
+    "perturb.cu",
 )  # fmt: skip
 
 # name, pattern, replacement
 OPERATORS = (
-    ("no barrier", r"\b(__syncthreads|__syncwarp|cluster_sync|exchange_\.meet|seat\.part)\([^()]*\);", ";"),
+    ("no barrier", r"\b(__syncthreads|__syncwarp|cluster_sync|grid_sync|exchange_\.meet|seat\.part)\([^()]*\);", ";"),
     ("no fence", r"\bfence\(\);", ";"),
     ("no wait", r"\bcopy_async_wait<\d+>\(\);", ";"),
     ("no commit", r"\bcopy_async_commit\(\);", ";"),
@@ -53,7 +54,7 @@ OPERATORS = (
     ("everyone writes", r"if \((threadIdx\.x|lane) == 0\)", "if (true)"),
     ("everyone leads", r"seat\.(leads|first_lane)\(\) && ", ""),
     # Not the loops over the elements of one access: those are registers, and the compiler sees their end itself.
-    ("bound off by one", r"(?<=[\w\])]) < (?=[\w(])(?!(?:V|kPiece|2);)", " <= "),
+    ("bound off by one", r"(?<=[\w\])]) < (?=[\w(])(?!(?:V|kPiece|kWidth|access\.value|2);)", " <= "),
     ("no tail", r"if \((\w+\.n) == V\)", r"if (\1 > 0)"),
     ("no guard", r"if \((\w+\.n) > 0\)", "if (true)"),
 )
@@ -71,6 +72,7 @@ EQUIVALENT = {
     "reduce.cuh: while (slot < last) {": "the last round has an empty chunk",
     "reduce.cuh: const int columns = int(tile.columns": SAME,
     "reduce.cuh: const int64_t first = part * per_part": SAME,
+    "perturb.cu: for (int i = int(threadIdx.x); i < w.count;": "the word behind the table is written again later",
     "reduce.cuh: if (lane < tile.lanes) {": "a lane too many writes where no lane is read",
 }
 
@@ -149,6 +151,31 @@ class Workshop:
         return "killed: " + (found[0][6:] if found else f"exit {done.returncode}, {text[-1]}")[:200]
 
 
+def perturbation(seed: int, busy: int) -> str:
+    """What is wrong with an ascent over tensors of one piece and of many, more than a table takes at once."""
+    import torch
+    from emulator.perturb import EmulatedAscent
+
+    from normkern.optim.ascent import Member, Rule
+
+    generator = torch.Generator().manual_seed(7)
+    sizes = [1, 3, 17_000, 64, 4100, *range(1, 70)]
+    tensors = [torch.randn(2, size, generator=generator) for size in sizes]
+    members = [Member(weight.clone(), grad, 0.5, True, len(grad)) for weight, grad in tensors]
+    copies = [torch.empty_like(m.weight) for m in members]
+    try:
+        EmulatedAscent(seed=seed, busy=busy)(members, copies, Rule(2, "layer", 0.1), 1.0)
+    except RuntimeError as error:
+        return str(error).split("\n")[0]
+    scales = [1.1 * float(weight.double().norm()) for weight, _ in tensors]
+    norm = sum((t * float(grad.double().norm())) ** 2 for t, (_, grad) in zip(scales, tensors, strict=True)) ** 0.5
+    for t, (weight, grad), m, copy in zip(scales, tensors, members, copies, strict=True):
+        expected = weight.double() + 0.5 * t * t / norm * grad.double()
+        if not torch.equal(copy, weight) or not torch.allclose(m.weight.double(), expected, rtol=1e-6, atol=1e-6):
+            return "wrong values"
+    return ""
+
+
 def run_cases() -> int:
     """The compact set: every strategy, both walks, groups and columns in several parts, runs that fill no access."""
     sys.path[:0] = [str(HERE), str(ROOT)]
@@ -195,6 +222,11 @@ def run_cases() -> int:
         ("tall group", one_group, image(60, 2, 5, 8)),
         ("tall group last", one_group, image(60, 4, 3, 5, layout=last)),
     ]
+    for seed, busy in ((3, 0), (0, 0), (1, 2)):
+        found = perturbation(seed, busy)
+        if found:
+            print("FOUND", found, "[perturb]")
+            return 1
     for seed, gpu in ((3, TINY), (0, MEDIUM), (1, SMALL)):
         for strategy in STRATEGIES:
             BACKENDS["mutant"] = EmulatedBackend("checked", gpu=gpu, strategy=strategy, seed=seed)

@@ -65,7 +65,7 @@ def binaries(folder: Path) -> list[Path]:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc was not found")
     cubins = []
-    for source in (*(f"launch_{dtype}" for dtype in DTYPES), "running"):
+    for source in (*(f"launch_{dtype}" for dtype in DTYPES), "running", "perturb"):
         cubins.append(folder / f"{source}.cubin")
         output(
             "nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "--expt-relaxed-constexpr", "-Xptxas",
@@ -107,10 +107,15 @@ def by_columns(name: str) -> bool:
 
 def launch_bound(name: str) -> int:
     """The most threads of a block, as the planner has them: kFusedThreads and so on in csrc/core/walk.h."""
-    if "spectral::" in name or "standardize" in name:  # these have no plan
-        file = "spectral.cu" if "spectral::" in name else "standardize.cuh"
-        kind = "Lag" if "sum_lags" in name else "Spectral" if "spectral::" in name else "Standardize"
-        return int(re.findall(rf"k{kind}Threads = (\d+)", (ROOT / "csrc" / "cuda" / file).read_text())[0])
+    # These have no plan.
+    for word, file, kind in (
+        ("sum_lags", "spectral.cu", "Lag"),
+        ("spectral::", "spectral.cu", "Spectral"),
+        ("standardize", "standardize.cuh", "Standardize"),
+        ("ascent::", "perturb.cu", "Perturb"),
+    ):
+        if word in name:
+            return int(re.findall(rf"k{kind}Threads = (\d+)", (ROOT / "csrc" / "cuda" / file).read_text())[0])
     text = (ROOT / "csrc" / "core" / "walk.h").read_text()
     bounds = {key.lower(): int(value) for key, value in re.findall(r"k(\w+)Threads = (\d+)", text)}
     kinds = {
@@ -129,7 +134,7 @@ def launch_bound(name: str) -> int:
 def test_kernels_are_there(kernels: dict[str, Kernel]) -> None:
     names = " ".join(kernels)
     fused = "fused_forward", "fused_backward", "standardize_forward", "standardize_backward"
-    for program in (*fused, "reduce_rows", "reduce_columns", "map_forward", "move_running"):
+    for program in (*fused, "reduce_rows", "reduce_columns", "map_forward", "move_running", "perturb_tensors"):
         assert program in names, names
 
 
@@ -158,7 +163,7 @@ def width_of(name: str) -> int:
 
 
 def test_vectors_are_moved_whole(kernels: dict[str, Kernel]) -> None:
-    norms = {name: kernel for name, kernel in kernels.items() if "spectral::" not in name}
+    norms = {name: kernel for name, kernel in kernels.items() if not re.search("spectral::|ascent::", name)}
     full = [kernel for kernel in norms.values() if width_of(kernel.name) > 1]
     assert len(full) * 2 >= len(norms) - 3, list(kernels)  # half of the instances; the rest are for unaligned buffers
     for kernel in full:

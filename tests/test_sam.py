@@ -10,6 +10,7 @@ import paper_sam
 import pytest
 import torch
 import torch.nn.functional as F
+from ascents import ASCENTS, ascending
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,10 +83,18 @@ def first_gradient(model: nn.Module, x: Tensor, y: Tensor) -> None:
 # ---- the algorithm
 
 
-@pytest.mark.parametrize("perturb", ["norm", "no_norm", "all"])
+# The checked emulator takes a second for a step of one of the larger sets.
+PERTURBED = [
+    pytest.param(how, perturb, marks=pytest.mark.slow if how == "emulated" and perturb != "norm" else ())
+    for how in ASCENTS
+    for perturb in ("norm", "no_norm", "all")
+]
+
+
+@pytest.mark.parametrize(("how", "perturb"), PERTURBED)
 @pytest.mark.parametrize("transform", ["none", "element", "layer", "fisher"])
 @pytest.mark.parametrize("p", [2, "inf"])
-def test_as_the_paper(p: float | str, transform: Any, perturb: Any) -> None:
+def test_as_the_paper(how: str, p: float | str, transform: Any, perturb: Any) -> None:
     eta = {"none": 0.0, "element": 0.05, "layer": 0.2, "fisher": 3.0}[transform]
     rho = {2: 0.3, "inf": 0.02}[p]  # type: ignore[index]
     normalize_bias = p == 2
@@ -98,7 +107,8 @@ def test_as_the_paper(p: float | str, transform: Any, perturb: Any) -> None:
     )
     for number in range(20):
         x, y = batch(seed=number)
-        loss = optimizer.step(closure_of(model, optimizer, x, y))
+        with ascending(how):
+            loss = optimizer.step(closure_of(model, optimizer, x, y))
         expected = paper_sam.step(
             theirs,
             base,
@@ -151,7 +161,7 @@ def test_tensors_beside_each_other() -> None:
         model, (x, y) = net(), batch()
         optimizer = SAM(model, sgd(model), rho=0.5, transform="layer", perturb="all")
         first_gradient(model, x, y)
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, ascending("eager"):
             patch.setattr("normkern.optim.ascent._RUN", run)
             optimizer.first_step()
         ascents.append(state(model))

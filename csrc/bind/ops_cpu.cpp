@@ -1,24 +1,15 @@
 // ops_cpu.cpp: the schemas of torch.ops.normkern, and its operators on the CPU.
-#include <torch/csrc/stable/ops.h>
-
 #include "../cpu/entry.h"
 #include "tensor.h"
+#include "torch_threads.h"
 
 namespace normkern::bind {
 namespace {
 
-// Kernels borrow torch's own pool, so torch.set_num_threads holds and two pools never compete.
-void run_on_torch_threads(int64_t tasks, void (*task)(void* state, int64_t index), void* state) {
-  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(state, i);
-  });
-}
-
 struct Cpu {
-  static cpu::Threads threads() { return {int64_t(torch::stable::get_num_threads()), run_on_torch_threads}; }
-  static void run(const Problem& p, const ForwardArgs& a, const Tensor&) { cpu::forward(p, a, threads()); }
-  static void run(const Problem& p, const BackwardArgs& a, const Tensor&) { cpu::backward(p, a, threads()); }
-  static void run(const Problem& p, const MomentsArgs& a, const Tensor&) { cpu::moments(p, a, threads()); }
+  static void run(const Problem& p, const ForwardArgs& a, const Tensor&) { cpu::forward(p, a, torch_threads()); }
+  static void run(const Problem& p, const BackwardArgs& a, const Tensor&) { cpu::backward(p, a, torch_threads()); }
+  static void run(const Problem& p, const MomentsArgs& a, const Tensor&) { cpu::moments(p, a, torch_threads()); }
   static void run(const RunningArgs& a, const Tensor&) { cpu::update_running(a); }
 };
 

@@ -73,7 +73,8 @@ class SAM(Optimizer):
             process climbs by its own gradient (m-sharpness), and nothing is sent in the first pass.
 
     A first pass whose gradients are not all finite perturbs nothing; the second pass then is one at w, and what a
-    GradScaler does with it is what it always does. No method waits for the device, but "fisher" with a scaler.
+    GradScaler does with it is what it always does. One kernel perturbs tensors that are whole and all on one CPU or
+    CUDA device, else a few torch calls do. No method waits for the device, but "fisher" with a scaler.
 
     Raises ValueError for arguments out of range and where nothing is left to perturb; TypeError where base_optimizer is
     no optimizer or the model is a FullyShardedDataParallel, the first of torch's two.
@@ -228,15 +229,7 @@ class SAM(Optimizer):
         self._at_rest("first_step")
         members = self._members()
         grad_scale = scaler.get_scale() if scaler is not None and self.rule.transform == "fisher" else 1.0
-        weights = [m.weight for m in members]
-        copies = [torch.empty_like(w) for w in weights]
-        torch._foreach_copy_(copies, weights)
-        self._saved = weights, copies
-        try:
-            perturb(members, self.rule, grad_scale)
-        except BaseException:
-            self.restore()
-            raise
+        self._saved = perturb(members, self.rule, grad_scale)
         self._ascended = True
         if zero_grad:
             self.zero_grad()

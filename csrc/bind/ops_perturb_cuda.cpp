@@ -1,0 +1,35 @@
+// ops_perturb_cuda.cpp: torch.ops.normkern.perturb_ on CUDA: plan, allocate the workspace, launch, check.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../cuda/perturb.h"
+#include "perturb.h"
+#include "torch_cuda.h"
+
+namespace normkern::bind {
+namespace {
+
+void check(int error, const char* doing) {
+  STD_TORCH_CHECK(error == cudaSuccess, "normkern: ", doing, ": ", cudaGetErrorString(cudaError_t(error)));
+}
+
+struct PerturbCuda {
+  static void run(const std::vector<Perturbed>& tensors, const Ascent& rule, const Tensor& of) {
+    const int device = of.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    int sms = 0;
+    check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cannot read the device's attributes");
+    const cuda::PerturbPlan plan = cuda::plan_perturb(tensors, sms);
+    // From torch's caching allocator: it may be handed out again at once, but only to later work on this stream.
+    const Tensor workspace = new_vector(of, plan.workspace_bytes, aoti_torch_dtype_uint8());
+    check(cuda::perturb(tensors, rule, plan, workspace.mutable_data_ptr(), current_cuda_stream(device)),
+          "launch failed");
+  }
+};
+
+}  // namespace
+}  // namespace normkern::bind
+
+STABLE_TORCH_LIBRARY_IMPL(normkern, CUDA, library) {
+  library.impl("perturb_", TORCH_BOX(&normkern::bind::perturb<normkern::bind::PerturbCuda>));
+}
