@@ -8,7 +8,9 @@ namespace {
 
 struct SpectralCpu {
   static void run(const LagsArgs& a, const Tensor&) { cpu::lags(a, torch_threads()); }
-  static void run(const Spectrum& s, DType dtype, void* v, const Tensor&) { cpu::inverse_root(s, dtype, v, torch_threads()); }
+  static void run(const Spectrum& s, DType dtype, void* v, const Tensor&) {
+    cpu::inverse_root(s, dtype, v, torch_threads());
+  }
   static void run(const MultiplyArgs& a, const Tensor&) { cpu::multiply(a, torch_threads()); }
   static void run(const PreconditionArgs& a, const Tensor&) {
     STD_TORCH_CHECK(a.spectrum.rows <= cpu::kMaxPreconditionPoints && a.spectrum.cols <= cpu::kMaxPreconditionPoints,
