@@ -9,11 +9,12 @@ import torch
 from ascents import ASCENTS, ascending
 from torch import Tensor, nn
 
-from normkern.backends import use_backend
+from normkern.backends import BACKENDS, use_backend
 from normkern.optim import ascent
 from normkern.optim.ascent import Member, Rule, perturb
 
 KERNELS = ASCENTS[1:]
+NATIVE = pytest.mark.skipif(BACKENDS["native"].why_not(torch.empty(1)) is not None, reason="not built")
 RULES = [Rule(p, t, 0.4) for p in (2, "inf") for t in ("none", "element", "layer", "fisher")]  # type: ignore[arg-type]
 
 
@@ -182,6 +183,7 @@ def test_chips(sms: int) -> None:
     assert_near(members, exact(before, RULES[2]), before, {2: 1, 4: 0.51, 8: 64})
 
 
+@NATIVE
 def test_what_the_kernel_leaves_to_plain_pytorch() -> None:
     class Wrapped(Tensor):
         pass
@@ -205,6 +207,7 @@ def test_what_the_kernel_leaves_to_plain_pytorch() -> None:
     assert_near(members, exact(before, RULES[1]), before, {8: 64})
 
 
+@NATIVE
 def test_errors_come_before_the_first_change() -> None:
     weights = [normal(4), normal(5)]
     before = bits(weights)
