@@ -1,4 +1,5 @@
-# A training step with SAM-ON against plain SGD and SAM of all parameters: time, and memory kept between the passes.
+# A training step with SAM-ON against plain SGD and SAM of all parameters, ours and pytorch_optimizer's where that is
+# installed: time, and memory kept between the passes.
 #   python bench/bench_sam.py [--quick] [--threads 1] [--csv FILE]
 #
 # A small ResNet with batch norm and a small vision transformer, every rival with a copy of its own, steps in turn. One
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
+import importlib.util
 import statistics
 import sys
 import time
@@ -29,10 +32,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ViT, 6 layers of width 192, patches of 4": (lambda: ViT(32, 4, 192, 6, 3, 10), (32, 3, 32, 32)),
 }
 RIVALS = {"SGD": None, "SAM-ON": "norm", "SAM-no-norm": "no_norm", "SAM-all": "all"}
+OTHER = "pytorch_optimizer's SAM"  # of all parameters, where it is installed
+BASE = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 def stepper(model: nn.Module, perturb: str | None, x: Tensor, y: Tensor) -> tuple[Callable[[], None], SAM | None]:
-    base = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    base = torch.optim.SGD(model.parameters(), **BASE)
     sam = None if perturb is None else SAM(model, base, rho=0.1, perturb=perturb)  # type: ignore[arg-type]
 
     def closure() -> Tensor:
@@ -62,6 +67,29 @@ def kept_bytes(sam: SAM, model: nn.Module, x: Tensor, y: Tensor) -> int:
     return kept
 
 
+def other_stepper(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Callable[[], None], int]:
+    """A step of pytorch_optimizer's SAM, and the bytes that it keeps."""
+    from pytorch_optimizer import SAM as OtherSAM
+
+    sam = OtherSAM(model.parameters(), torch.optim.SGD, rho=0.1, **BASE)
+
+    def closure() -> Tensor:
+        sam.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    def step() -> None:
+        closure()
+        sam.step(closure)
+
+    closure()
+    sam.first_step()
+    kept = sum(state["old_p"].nbytes for state in sam.state.values() if "old_p" in state)
+    sam.second_step()
+    return step, kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Steps of SGD, SAM-ON and SAM on the CPU")
     parser.add_argument("--quick", action="store_true", help="5 rounds instead of 15")
@@ -81,9 +109,13 @@ def main() -> None:
             model = copy.deepcopy(original)
             steps[name], sam = stepper(model, perturb, x, y)
             kept[name] = 0 if sam is None else kept_bytes(sam, model, x, y)
-        times: dict[str, list[float]] = {name: [] for name in RIVALS}
+        if importlib.util.find_spec("pytorch_optimizer"):
+            steps[OTHER], kept[OTHER] = other_stepper(copy.deepcopy(original), x, y)
+        else:
+            print("not here: pytorch_optimizer is not installed", file=sys.stderr)
+        times: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(-2, rounds):
-            for name in [*RIVALS][number % len(RIVALS) :] + [*RIVALS][: number % len(RIVALS)]:
+            for name in [*steps][number % len(steps) :] + [*steps][: number % len(steps)]:
                 start = time.process_time_ns()
                 steps[name]()
                 if number >= 0:
@@ -95,6 +127,8 @@ def main() -> None:
             for metric, found in (("cpu_ms", (low, middle, high)), ("kept_bytes", (float(kept[name]),) * 3)):
                 row = Row("training step", name, "", metric, "network", network, *found)
                 row.dtype, row.device = "float32", device_name(torch.device("cpu"))
+                if name == OTHER:
+                    row.provider_version = importlib.metadata.version("pytorch_optimizer")
                 if metric == "cpu_ms":
                     row.ratio_to_torch = sgd / middle
                 else:
