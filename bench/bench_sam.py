@@ -69,9 +69,9 @@ def kept_bytes(sam: SAM, model: nn.Module, x: Tensor, y: Tensor) -> int:
 
 def other_stepper(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Callable[[], None], int]:
     """A step of pytorch_optimizer's SAM, and the bytes that it keeps."""
-    from pytorch_optimizer import SAM as OtherSAM
+    import pytorch_optimizer
 
-    sam = OtherSAM(model.parameters(), torch.optim.SGD, rho=0.1, **BASE)
+    sam = pytorch_optimizer.SAM(model.parameters(), torch.optim.SGD, rho=0.1, **BASE)
 
     def closure() -> Tensor:
         sam.zero_grad()
