@@ -1,5 +1,4 @@
 // ops_cuda.cpp: the operators of torch.ops.normkern on CUDA: plan, allocate the workspace, launch, check.
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdlib>
@@ -12,10 +11,6 @@
 
 namespace normkern::bind {
 namespace {
-
-void check(int error, const char* doing) {
-  STD_TORCH_CHECK(error == cudaSuccess, "normkern: ", doing, ": ", cudaGetErrorString(cudaError_t(error)));
-}
 
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
@@ -60,19 +55,10 @@ Strategy requested_strategy() {
   return Strategy::automatic;
 }
 
-// Multiprocessors left to others, such as collectives that run beside: NORMKERN_SM_MARGIN.
-int margin() {
-  static const int value = [] {
-    const char* text = std::getenv("NORMKERN_SM_MARGIN");
-    return text ? std::atoi(text) : 0;
-  }();
-  return value;
-}
-
 // A plan whose blocks find room on the device as it is now, or one that needs none at once.
 Plan plan_for(const Problem& p, Request request, int device) {
   Gpu gpu = gpu_of(device);
-  gpu.sms = int(clamp(int64_t(gpu.sms) - margin(), 1, gpu.sms));
+  gpu.sms = ours_of(gpu.sms);
   const Plan plan = make_plan(p, request, gpu);
   bool fits = true;
   check(cuda::resident(p, plan, request.pass, fits), "cannot ask the device for room");

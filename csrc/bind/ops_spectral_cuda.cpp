@@ -1,5 +1,4 @@
 // ops_spectral_cuda.cpp: the spectral operators of torch.ops.normkern on CUDA: workspace, plans, launches, checks.
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <string>
@@ -11,10 +10,6 @@
 
 namespace normkern::bind {
 namespace {
-
-void check(int error, const char* doing) {
-  STD_TORCH_CHECK(error == cudaSuccess, "normkern: ", doing, ": ", cudaGetErrorString(cudaError_t(error)));
-}
 
 // A device and its current stream, for one call.
 class Call {

@@ -1,5 +1,4 @@
 // ops_standardize_cuda.cpp: the operators that standardize many weights, on CUDA.
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../cuda/standardize.h"
@@ -14,8 +13,7 @@ struct StandardizeCuda {
   static void run(const Standardize<Part>& a, const Tensor& x) {
     const int device = x.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    const int error = cuda::standardize(a, current_cuda_stream(device));
-    STD_TORCH_CHECK(error == cudaSuccess, "normkern: launch failed: ", cudaGetErrorString(cudaError_t(error)));
+    check(cuda::standardize(a, current_cuda_stream(device)), "launch failed");
   }
 };
 
