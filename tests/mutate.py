@@ -30,7 +30,7 @@ ROOT = HERE.parent
 DTYPE = "bf16"
 FILES = (
     "vec.cuh", "merge.cuh", "map.cuh", "team.cuh", "fused.cuh", "fused_backward.cuh", "reduce.cuh", "launch.cuh",
-    "perturb.cu",
+    "perturb.cu", "standardize.cuh",
 )  # fmt: skip
 
 # name, pattern, replacement
@@ -176,6 +176,34 @@ def perturbation(seed: int, busy: int) -> str:
     return ""
 
 
+def standardization(seed: int) -> str:
+    """What is wrong with weights standardized together: lines of every length, more tensors than a launch takes."""
+    import torch
+    from emulator.standardize import EmulatedStandardizer
+
+    import normkern
+    from normkern.backends import BACKENDS, use_backend
+
+    generator = torch.Generator().manual_seed(7)
+    sizes = [(3, 1), (5, 27), (2, 2304), (64, 9), (33, 64), *((1 + i % 3, 1 + i) for i in range(60))]
+    weights = [torch.randn(size, generator=generator).bfloat16().requires_grad_() for size in sizes]
+    gains = [torch.linspace(0.5, 2, len(w)).bfloat16().requires_grad_() for w in weights]
+    BACKENDS["mutant"] = EmulatedStandardizer(seed=seed)
+    results = []
+    for backend in ("eager", "mutant"):
+        try:
+            with use_backend(backend):
+                found = normkern.weight_standardize_all(weights, gains, 1e-3)
+                dys = [torch.cos(torch.arange(y.numel())).reshape(y.shape).to(y.dtype) for y in found]
+                results.append([*found, *torch.autograd.grad(found, [*weights, *gains], dys)])
+        except RuntimeError as error:
+            return str(error).split("\n")[0]
+    for one, two in zip(*results, strict=True):
+        if not bool(((one.double() - two.double()).abs() <= 0.02 * one.double().abs().amax().clamp(min=1)).all()):
+            return "wrong values"
+    return ""
+
+
 def run_cases() -> int:
     """The compact set: every strategy, both walks, groups and columns in several parts, runs that fill no access."""
     sys.path[:0] = [str(HERE), str(ROOT)]
@@ -226,6 +254,11 @@ def run_cases() -> int:
         found = perturbation(seed, busy)
         if found:
             print("FOUND", found, "[perturb]")
+            return 1
+    for seed in (3, 0):
+        found = standardization(seed)
+        if found:
+            print("FOUND", found, "[standardize]")
             return 1
     for seed, gpu in ((3, TINY), (0, MEDIUM), (1, SMALL)):
         for strategy in STRATEGIES:
