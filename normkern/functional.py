@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from normkern import aten, autocast, autograd, direct, problem, running
+from normkern.backends import forced_backend
 from normkern.checks import (
     check_act,
     check_enough_values,
@@ -374,6 +375,9 @@ def instance_norm(
     return y
 
 
+FEW = 1 << 20  # elements whose sum is formed by a call of its own on the CPU
+
+
 def add_layer_norm(
     input: Tensor,
     residual: Tensor,
@@ -424,7 +428,9 @@ def _add_norm(
     second: bool,
 ) -> tuple[Tensor, Tensor]:
     found = None
-    if residual.stride() == x.stride() and not autocast.casts(x) and not aten.exporting():
+    # Few elements on the CPU: two calls, one of them past the dispatcher (direct.py), cost less than this one.
+    few = x.is_cpu and x.numel() < FEW and forced_backend() is None
+    if not few and residual.stride() == x.stride() and not autocast.casts(x) and not aten.exporting():
         shape = check_normalized_shape(name, normalized_shape, x)
         weight = check_parameter(name, "weight", weight, shape, x)
         bias = check_parameter(name, "bias", bias, shape, x)
