@@ -389,8 +389,8 @@ def add_layer_norm(
     """layer_norm of input + residual, and that sum: (output, input + residual), both of input's shape and dtype.
 
     The sum is rounded to that dtype before it is normalized, so output is layer_norm of what is returned beside it.
-    Where input is dense and residual, of the same shape and dtype, has its strides, one pass over both does it all,
-    and so does one backward pass.
+    Where input is dense, of 2^20 elements or more on the CPU, and residual, of the same shape and dtype, has its
+    strides, one pass over both does it all, and so does one backward pass.
     """
     _check_sum("add_layer_norm", input, residual)
     eps = check_float("add_layer_norm", "eps", eps)
