@@ -6,6 +6,13 @@
 # parameters, of the norm layers and of all but the norm layers, each over a grid of radii. Test accuracy, sharpness and
 # CPU time of a step go to sam_on.csv, means and spreads over seeds to the terminal, and with matplotlib a figure to
 # sam_on.png. With --cifar, instead, CIFAR-100 from a directory with its binary files train.bin and test.bin.
+#
+# What comes out here (5 seeds; examples/results/sam_on.csv; mean and standard deviation over seeds of the test
+# accuracy). Digits: nothing gained, 0.984 +- 0.005 with SGD, 0.983 to 0.989 with any SAM. With noisy labels: 0.934 +-
+# 0.013 with SGD, up to 0.945 +- 0.005 with SAM-ON, 0.945 +- 0.012 with SAM-all and 0.947 +- 0.005 with SAM-no-norm: SAM
+# of the norm layers gains what SAM of all gains, as in the paper, but not more, and the rest alone gains it too.
+# Textures: every SAM loses, 0.973 +- 0.009 with SGD, 0.970 to 0.945 the larger the radius. Sharpness falls with the
+# radius on digits, clean and noisy, and hardly on textures. CPU times of a step are of a busy machine: bench_sam.py.
 from __future__ import annotations
 
 import argparse

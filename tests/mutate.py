@@ -65,6 +65,8 @@ EQUIVALENT = {
     "vec.cuh: if (c.n > 0) store<T, V>(to->v, load_chunk": "callers visit no empty chunk",
     "vec.cuh: const int64_t from = aligned > begin": SAME,
     "team.cuh: for (int first = first_line(); first < s.lines;": "line_end is called for lines beyond the last anyway",
+    "team.cuh: return line < s.lines && left < s.end && (begin": "a block without columns has runs of whole accesses",
+    "fused_backward.cuh: const A one = i < c.n ?": ZERO,
     "reduce.cuh: first[i] = i < c.n ?": ZERO,
     "reduce.cuh: second[i] = i < c.n ?": ZERO,
     "reduce.cuh: if (chunk.n > 0) op.push(": "pushing nothing adds nothing",
