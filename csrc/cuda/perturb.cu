@@ -16,8 +16,9 @@
 namespace normkern::cuda {
 namespace ascent {
 
-constexpr int kPerturbThreads = 256, kPerturbBlocks = 2;  // of a multiprocessor
-constexpr int kWidth = 4;                                 // elements that a thread takes at a time
+// Blocks of a multiprocessor: with two, whose threads have half the registers, B200's code would spill.
+constexpr int kPerturbThreads = 256, kPerturbBlocks = 1;
+constexpr int kWidth = 4;  // elements that a thread takes at a time
 constexpr int kStages = 3;
 
 // ---- the table
