@@ -24,6 +24,7 @@ OCCUPANCY_FLOOR = 0.25
 SLAB_FLOOR = 0.125
 # Backward keeps twice as much to a thread; blocks of 384 leave it the registers it needs without spilling.
 BACKWARD_FLOOR = 0.1875
+ASCENT_FLOOR = 0.125  # one block of 256 threads: with two B200's code would spill
 
 
 @dataclass
@@ -151,6 +152,8 @@ def test_occupancy(kernels: dict[str, Kernel]) -> None:
         floor = SLAB_FLOOR if by_columns(kernel.name) else OCCUPANCY_FLOOR
         if "fused_backward" in kernel.name:
             floor = min(floor, BACKWARD_FLOOR)
+        if "ascent::" in kernel.name:
+            floor = ASCENT_FLOOR
         assert occupancy >= floor, (
             f"{kernel.name}: {kernel.registers} registers leave {occupancy:.0%} of the warps at {threads} threads"
         )
