@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 import normkern
+from normkern.bench.race import keep_memory
 from normkern.bench.sheet import Row, Sheet, device_name
+from normkern.measure import interleaved
 
 Results = tuple[Tensor, Tensor]
 SHAPES = ((256, 768), (4096, 768), (16384, 1000))
@@ -51,18 +52,6 @@ def steps_of(
     }
 
 
-def race(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every step in every round."""
-    threads = torch.get_num_threads()
-    timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
-    count = max(1, int(0.02 / min(timer.timeit(2).mean for timer in timers.values())))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(count).mean * 1e3)
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="add_layer_norm and add_rms_norm against torch's two calls")
     parser.add_argument("--quick", action="store_true", help="two shapes, few rounds")
@@ -71,6 +60,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_memory()
     sheet, device = Sheet(options.csv), torch.device(options.device)
     shapes = SHAPES[:2] if options.quick else SHAPES
     for (rows, width), dtype, second in itertools.product(shapes, (torch.float32, torch.bfloat16), (False, True)):
@@ -80,13 +70,14 @@ def main() -> None:
             for name, norm in (("torch", two_calls), ("normkern", one_call))
         }
         for mode in ("forward", "backward"):
-            times = race({name: modes[mode] for name, modes in steps.items()}, 5 if options.quick else 25)
+            calls = {name: modes[mode] for name, modes in steps.items()}
+            times = interleaved(calls, device, 10 if options.quick else 100, limit=5)
             ratio = 1.0
             for provider, taken in times.items():
-                ratio = statistics.median(a / b for a, b in zip(times["torch"], taken, strict=True))
-                least, middle, most = (sorted(taken)[int(q * (len(taken) - 1))] for q in (0.2, 0.5, 0.8))
+                ratio = statistics.median(a / b for a, b in zip(times["torch"].seconds, taken.seconds, strict=True))
+                quantiles = (taken.quantile(q) * 1e3 for q in (0.2, 0.5, 0.8))
                 sheet.add(
-                    Row(op, provider, mode, "ms", "shape", f"{rows}x{width}", least, middle, most, dtype=dtype_name,
+                    Row(op, provider, mode, "ms", "shape", f"{rows}x{width}", *quantiles, dtype=dtype_name,
                         ratio_to_torch=ratio, device=device_name(device))
                 )  # fmt: skip
             print(f"{op:15} {rows}x{width:<6} {dtype_name:9} {mode:9} {ratio:.2f} times torch's speed", flush=True)

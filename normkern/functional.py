@@ -438,7 +438,11 @@ def _add_norm(
             found = problem.layer(x.shape, x.stride(), len(shape), Act.none, eps, second)
     if found is None:  # a sum of its own is dense, whatever its terms are
         total = x + residual
-        return _layer_norm(name, total, normalized_shape, weight, bias, eps, None, None, second), total
+        call = name, total, weight, bias, None, None, None, normalized_shape, eps, None
+        y = direct.run(call, None)
+        if y is None:
+            y = _layer_norm(name, total, normalized_shape, weight, bias, eps, None, None, second, call)
+        return y, total
     weight, bias = _in_memory_order(found, weight), _in_memory_order(found, bias)
     return autograd.normalize_sum(found, x, residual, weight, bias)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import or_skip
 
 from normkern.backends import BACKENDS, use_backend
 from normkern.optim import ascent
@@ -19,12 +20,7 @@ ASCENTS = ("eager", "native", "emulated")
 def emulated(**options: Any) -> Any:
     from emulator.perturb import EmulatedAscent
 
-    try:
-        return EmulatedAscent(**options)
-    except RuntimeError as error:
-        if "not found" not in str(error):
-            raise
-        return pytest.skip(str(error))
+    return or_skip(EmulatedAscent, **options)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,16 @@ def emulated_backend(strategy: str, **options: Any) -> Any:
     from emulator.backend import EmulatedBackend
 
     return EmulatedBackend(mode="checked", strategy=strategy, **options)
+
+
+def or_skip(make: Callable[..., Any], **options: Any) -> Any:
+    """What `make` compiles for the emulator; the test is skipped where there is no compiler for it."""
+    try:
+        return make(**options)
+    except RuntimeError as error:
+        if "not found" not in str(error):
+            raise  # kernels that do not compile are no reason to skip
+        return pytest.skip(str(error))
 
 
 def setups() -> Iterator[Setup]:

@@ -6,6 +6,7 @@ from typing import Any
 import paper_conv_norm as paper
 import pytest
 import torch
+from conftest import or_skip
 from torch import Tensor
 
 from normkern import spectrum
@@ -16,12 +17,7 @@ from normkern.spectrum import Points, Torus
 def spectra() -> Any:
     from emulator.spectral import EmulatedSpectra
 
-    try:
-        return EmulatedSpectra()
-    except RuntimeError as error:
-        if "not found" not in str(error):
-            raise
-        return pytest.skip(str(error))
+    return or_skip(EmulatedSpectra)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import in_layout
+from conftest import or_skip
 from ranks import Ranks
 from test_family import EPS, C, half_ulp, unit
 from torch import Tensor, nn
@@ -310,12 +311,7 @@ def test_together_keeps_until_a_weight_changes(operators: list[tuple[str, int]])
 def emulated(**options: Any) -> Any:
     from emulator.standardize import EmulatedStandardizer
 
-    try:
-        return EmulatedStandardizer(**options)
-    except RuntimeError as error:
-        if "not found" not in str(error):
-            raise
-        pytest.skip(str(error))
+    return or_skip(EmulatedStandardizer, **options)
 
 
 EMULATED_SHAPES = (

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Domain, Moments, Problem
+from normkern.backends import fakes
+from normkern.problem import Domain, Problem
 
 _HERE = Path(__file__).resolve().parent.parent
 _REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
@@ -220,97 +221,10 @@ def _extents(domain: Domain) -> list[int]:
     return [domain.batch, domain.rows, domain.keep, domain.cols]
 
 
-def _like(x: Tensor, wanted: bool = True) -> Tensor:
-    return x.new_empty_strided(x.shape, x.stride()) if wanted else x.new_empty(0)
-
-
-def _group_vectors(x: Tensor, stats: list[int], moments: int, save: bool) -> tuple[Tensor, Tensor]:
-    groups = stats[0] * stats[2]
-    return (
-        x.new_empty(groups if save and moments == Moments.mean_var else 0, dtype=torch.float64),
-        x.new_empty(groups if save and moments != Moments.given else 0, dtype=torch.float64),
-    )
-
-
-def _gradients(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, affine: list[int], needs: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = affine[0] * affine[2]
-    return (
-        _like(x, bool(needs & NEED_DX)),
-        (x if weight is None else weight).new_empty(groups if needs & NEED_DWEIGHT else 0),
-        (x if bias is None else bias).new_empty(groups if needs & NEED_DBIAS else 0),
-    )
-
-
 def _register_fakes() -> None:
     register: Callable[[str], Callable[[Callable[..., object]], object]] = torch.library.register_fake
-
-    @register("normkern::forward")
-    def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        stats: list[int],
-        affine: list[int],
-        moments: int,
-        act: int,
-        eps: float,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _like(x), *_group_vectors(x, stats, moments, save)
-
-    @register("normkern::backward")
-    def backward(
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        stats: list[int],
-        affine: list[int],
-        moments: int,
-        act: int,
-        eps: float,
-        needs: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *_gradients(x, weight, bias, affine, needs), _like(x, bool(needs & NEED_DRESIDUAL))
-
-    @register("normkern::add_forward")
-    def add_forward(
-        x: Tensor,
-        add: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        stats: list[int],
-        affine: list[int],
-        moments: int,
-        eps: float,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _like(x), _like(x), *_group_vectors(x, stats, moments, save)
-
-    @register("normkern::add_backward")
-    def add_backward(
-        dy: Tensor,
-        dtotal: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        stats: list[int],
-        affine: list[int],
-        moments: int,
-        eps: float,
-        needs: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _gradients(x, weight, bias, affine, needs)
+    for fake in (fakes.forward, fakes.backward, fakes.add_forward, fakes.add_backward, fakes.moments):
+        register(f"normkern::{fake.__name__}")(fake)
 
     @register("normkern::update_running")
     def update_running(
@@ -318,13 +232,9 @@ def _register_fakes() -> None:
     ) -> None:
         return None
 
-    @register("normkern::moments")
-    def moments(x: Tensor, stats: list[int], moments: int) -> tuple[Tensor, Tensor]:
-        return _group_vectors(x, stats, moments, True)
-
     @register("normkern::evolve")
     def evolve(x: Tensor, rows: Tensor, domain: list[int], kind: int) -> Tensor:
-        return _like(x)
+        return fakes.like(x)
 
     @register("normkern::evolve_sums")
     def evolve_sums(dy: Tensor, x: Tensor, rows: Tensor, domain: list[int], kind: int) -> Tensor:
@@ -332,4 +242,4 @@ def _register_fakes() -> None:
 
     @register("normkern::evolve_backward")
     def evolve_backward(dy: Tensor, x: Tensor, rows: Tensor, domain: list[int], kind: int) -> Tensor:
-        return _like(x)
+        return fakes.like(x)

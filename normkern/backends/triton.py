@@ -10,14 +10,14 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from normkern.backends import triton_launch
-from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Act, Domain, Moments, Problem
+from normkern.backends import fakes, triton_launch
+from normkern.problem import Act, Domain, Moments, Problem
 
 # ---- the operators that torch.compile sees: the arguments of torch.ops.normkern
 
 
-def _problem(stats: list[int], affine: list[int], kind: int, act: int, eps: float) -> Problem:
-    return Problem(Domain(*stats), Domain(*affine), Moments(kind), Act(act), eps)
+def _problem(stats: list[int], affine: list[int], moments: int, act: int, eps: float) -> Problem:
+    return Problem(Domain(*stats), Domain(*affine), Moments(moments), Act(act), eps)
 
 
 def _sizes(problem: Problem) -> tuple[list[int], list[int], int, int, float]:
@@ -34,30 +34,15 @@ def _forward_op(
     var: Tensor | None,
     stats: list[int],
     affine: list[int],
-    kind: int,
+    moments: int,
     act: int,
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return triton_launch.forward(_problem(stats, affine, kind, act, eps), x, weight, bias, residual, mean, var, save)
+    return triton_launch.forward(_problem(stats, affine, moments, act, eps), x, weight, bias, residual, mean, var, save)
 
 
-@_forward_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    stats: list[int],
-    affine: list[int],
-    kind: int,
-    act: int,
-    eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty_strided(x.shape, x.stride()), *_fake_moments(x, stats, kind, save)
+_forward_op.register_fake(fakes.forward)
 
 
 @torch.library.custom_op("normkern_triton::backward", mutates_args=())
@@ -71,34 +56,17 @@ def _backward_op(
     var: Tensor | None,
     stats: list[int],
     affine: list[int],
-    kind: int,
+    moments: int,
     act: int,
     eps: float,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return triton_launch.backward(
-        _problem(stats, affine, kind, act, eps), dy, x, weight, bias, residual, mean, var, needs
+        _problem(stats, affine, moments, act, eps), dy, x, weight, bias, residual, mean, var, needs
     )
 
 
-@_backward_op.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    stats: list[int],
-    affine: list[int],
-    kind: int,
-    act: int,
-    eps: float,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dresidual = x.new_empty_strided(x.shape, x.stride()) if needs & NEED_DRESIDUAL else x.new_empty(0)
-    return *_fake_gradients(x, weight, bias, affine, needs), dresidual
+_backward_op.register_fake(fakes.backward)
 
 
 @torch.library.custom_op("normkern_triton::add_forward", mutates_args=())
@@ -109,27 +77,14 @@ def _add_forward_op(
     bias: Tensor | None,
     stats: list[int],
     affine: list[int],
-    kind: int,
+    moments: int,
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return triton_launch.add_forward(_problem(stats, affine, kind, 0, eps), x, add, weight, bias, save)
+    return triton_launch.add_forward(_problem(stats, affine, moments, 0, eps), x, add, weight, bias, save)
 
 
-@_add_forward_op.register_fake
-def _(
-    x: Tensor,
-    add: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: list[int],
-    affine: list[int],
-    kind: int,
-    eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, total = (x.new_empty_strided(x.shape, x.stride()) for _ in range(2))
-    return y, total, *_fake_moments(x, stats, kind, save)
+_add_forward_op.register_fake(fakes.add_forward)
 
 
 @torch.library.custom_op("normkern_triton::add_backward", mutates_args=())
@@ -143,60 +98,24 @@ def _add_backward_op(
     var: Tensor | None,
     stats: list[int],
     affine: list[int],
-    kind: int,
+    moments: int,
     eps: float,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(stats, affine, kind, 0, eps)
+    problem = _problem(stats, affine, moments, 0, eps)
     dx, dweight, dbias, _ = triton_launch.backward(problem, dy, x, weight, bias, None, mean, var, needs, dtotal=dtotal)
     return dx, dweight, dbias
 
 
-@_add_backward_op.register_fake
-def _(
-    dy: Tensor,
-    dtotal: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    stats: list[int],
-    affine: list[int],
-    kind: int,
-    eps: float,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(x, weight, bias, affine, needs)
+_add_backward_op.register_fake(fakes.add_backward)
 
 
 @torch.library.custom_op("normkern_triton::moments", mutates_args=())
-def _moments_op(x: Tensor, stats: list[int], kind: int) -> tuple[Tensor, Tensor]:
-    return triton_launch.moments(_problem(stats, stats, kind, 0, 0.0), x)
+def _moments_op(x: Tensor, stats: list[int], moments: int) -> tuple[Tensor, Tensor]:
+    return triton_launch.moments(_problem(stats, stats, moments, 0, 0.0), x)
 
 
-@_moments_op.register_fake
-def _(x: Tensor, stats: list[int], kind: int) -> tuple[Tensor, Tensor]:
-    return _fake_moments(x, stats, kind, True)
-
-
-def _fake_gradients(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, affine: list[int], needs: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = affine[0] * affine[2]
-    return (
-        x.new_empty_strided(x.shape, x.stride()) if needs & NEED_DX else x.new_empty(0),
-        (x if weight is None else weight).new_empty(groups if needs & NEED_DWEIGHT else 0),
-        (x if bias is None else bias).new_empty(groups if needs & NEED_DBIAS else 0),
-    )
-
-
-def _fake_moments(x: Tensor, stats: list[int], kind: int, save: bool) -> tuple[Tensor, Tensor]:
-    groups = stats[0] * stats[2]
-    return (
-        x.new_empty(groups if save and kind == Moments.mean_var else 0, dtype=torch.float64),
-        x.new_empty(groups if save and kind != Moments.given else 0, dtype=torch.float64),
-    )
+_moments_op.register_fake(fakes.moments)
 
 
 class Triton:
@@ -255,8 +174,8 @@ class Triton:
         self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            stats, affine, kind, _, eps = _sizes(problem)
-            y, total, mean, var = _add_forward_op(x, add, weight, bias, stats, affine, kind, eps, save)
+            stats, affine, moments, _, eps = _sizes(problem)
+            y, total, mean, var = _add_forward_op(x, add, weight, bias, stats, affine, moments, eps, save)
             return y, total, mean, var
         return triton_launch.add_forward(problem, x, add, weight, bias, save, self.split)
 
@@ -273,9 +192,9 @@ class Triton:
         needs: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            stats, affine, kind, _, eps = _sizes(problem)
+            stats, affine, moments, _, eps = _sizes(problem)
             dx, dweight, dbias = _add_backward_op(
-                dy, dtotal, x, weight, bias, mean, var, stats, affine, kind, eps, needs
+                dy, dtotal, x, weight, bias, mean, var, stats, affine, moments, eps, needs
             )
             return dx, dweight, dbias
         return triton_launch.backward(problem, dy, x, weight, bias, None, mean, var, needs, self.split, dtotal)[:3]

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from normkern.backends import BACKENDS, forced_backend
+from normkern.checks import FLOATS
 
 Transform = Literal["none", "element", "layer", "fisher"]
 _RUN = 1 << 24  # elements in flight at a time: bounds the extra memory where a whole model is perturbed
@@ -131,8 +132,6 @@ def _climb(members: list[Member], rule: Rule, grad_scale: float) -> None:
 
 # ---- the kernel
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
 
 def _native(members: list[Member], copies: list[Tensor], rule: Rule, grad_scale: float) -> None:
     weights = [m.weight for m in members]
@@ -184,7 +183,7 @@ def kernel_of(members: list[Member]) -> Callable[[list[Member], list[Tensor], Ru
         plain = type(m.weight) in (Tensor, Parameter) and type(m.grad) is Tensor and not m.holders
         if not plain or m.weight.device != device or m.grad.device != device:
             return None
-        if m.weight.dtype not in _FLOATS or m.grad.dtype not in _FLOATS or not _alike(m.weight, m.grad):
+        if m.weight.dtype not in FLOATS or m.grad.dtype not in FLOATS or not _alike(m.weight, m.grad):
             return None
     return run
 
