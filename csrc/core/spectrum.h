@@ -78,6 +78,71 @@ struct PreconditionArgs {
   int64_t x_strides[4] = {}, y_strides[4] = {};  // of [batch, channels, rows, cols], in elements
 };
 
+// The frequencies of a real map, one of every conjugate pair: rows 0 .. rows/2 with columns 0 .. cols/2, then the rows
+// -1, -2, ... that are no mirror of a row, with the columns that are no mirror of a column.
+struct Frequencies {
+  int64_t rows = 1, cols = 1;  // of the torus
+
+  struct At {
+    int64_t index;
+    bool mirrored;  // the list has the opposite frequency, whose value is the conjugate
+  };
+
+  constexpr int64_t count() const { return cosines(rows) * cosines(cols) + sines(rows) * sines(cols); }
+  constexpr bool own_mirror(int64_t f1, int64_t f2) const { return 2 * f1 % rows == 0 && 2 * f2 % cols == 0; }
+  // f1 in [0, rows), f2 in [0, cols).
+  constexpr At at(int64_t f1, int64_t f2) const {
+    bool mirrored = 2 * f2 > cols;
+    if (mirrored) {
+      f1 = f1 == 0 ? 0 : rows - f1;
+      f2 = cols - f2;
+    }
+    if (2 * f1 > rows && (f2 == 0 || 2 * f2 == cols)) {
+      f1 = rows - f1;
+      mirrored = !mirrored;
+    }
+    if (2 * f1 <= rows) return {f1 * cosines(cols) + f2, mirrored};
+    return {cosines(rows) * cosines(cols) + (rows - f1 - 1) * sines(cols) + f2 - 1, mirrored};
+  }
+};
+
+// A map and its spectrum [frequencies, 2 (real, imaginary), batch, channels], X(f) = sum over points of x e^(-i w.p) and
+// back, x(p) = scale * sum over all frequencies of X e^(i w.p), at the points that the map holds.
+struct MapArgs {
+  DType dtype = DType::f32;  // f32 or f64
+  int64_t batch = 0, channels = 0;
+  int64_t rows = 0, cols = 0;  // of the torus
+  Points row_points, col_points;
+  int64_t strides[4] = {};  // of the map, in elements
+  const void* from = nullptr;
+  void* to = nullptr;
+  double scale = 1;
+};
+
+// The preconditioned convolution between two spectra as of MapArgs. y(g) = sum over the aliases f of g of V(f) A(f) x(f),
+// A_kc(f) = sum over taps of w_kc[t] e^(i w.t): x is on the whole torus, y on one that is shorter by the strides, which
+// divide it. Transposed: x, on the shorter torus, is the gradient of y, and y(f) = A(f)^H V(f) x(g(f)).
+struct ContractArgs {
+  Spectrum spectrum;  // its channels are those of the shorter torus
+  DType dtype = DType::f32;
+  int64_t batch = 0, depth = 0;  // depth: channels on the whole torus
+  int64_t stride_rows = 1, stride_cols = 1;
+  bool transposed = false;
+  const void* weight = nullptr;  // [channels, depth, taps rows, taps cols]
+  const void* x = nullptr;
+  void* y = nullptr;
+};
+
+// The gradient of the taps of such a convolution, from x (whole torus) and that of its result.
+struct CorrelateArgs {
+  Spectrum spectrum;
+  DType dtype = DType::f32;
+  int64_t batch = 0, depth = 0, stride_rows = 1, stride_cols = 1;
+  const void* x = nullptr;
+  const void* dy = nullptr;
+  void* dweight = nullptr;  // [channels, depth, taps rows, taps cols]
+};
+
 // Moves points between a map and the whole torus, which is dense: [batch, channels, rows, cols].
 struct PointsArgs {
   DType dtype = DType::f32;

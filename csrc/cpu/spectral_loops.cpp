@@ -254,7 +254,96 @@ class Preconditioning {
     }
   }
 
+  // y holds the spectrum.
+  void analyze(int64_t channel, int64_t begin, int64_t end) {
+    present_ = least(L, a_.spectrum.channels - channel);
+    for (int64_t n = begin; n < end; ++n) {
+      analyze_columns(static_cast<const A*>(a_.x) + n * a_.x_strides[0] + channel * a_.x_strides[1]);
+      analyze_rows();
+      A* to = static_cast<A*>(a_.y) + n * a_.spectrum.channels + channel;
+      for_all_frequencies([&](int64_t e, const At& at, A times) {
+        (void)times;
+        const Vec<A> cc = get(at.cc), cs = get(at.cs), sc = get(at.sc), ss = get(at.ss);
+        put_complex(to, e, cc - ss, -(sc + cs));
+        if (at.opposite >= 0) put_complex(to, at.opposite, cc + ss, sc - cs);
+      });
+    }
+  }
+
+  // x holds the spectrum.
+  void synthesize(int64_t channel, int64_t begin, int64_t end, A scale) {
+    present_ = least(L, a_.spectrum.channels - channel);
+    for (int64_t n = begin; n < end; ++n) {
+      const A* from = static_cast<const A*>(a_.x) + n * a_.spectrum.channels + channel;
+      for_all_frequencies([&](int64_t e, const At& at, A times) {
+        const A by = scale * times;
+        const Complex z = get_complex(from, e);
+        const Complex o = at.opposite < 0 ? Complex{} : get_complex(from, at.opposite);
+        put(at.cc, by * (z.re + o.re));
+        put(at.ss, by * (o.re - z.re));
+        put(at.sc, by * (o.im - z.im));
+        put(at.cs, -by * (z.im + o.im));
+      });
+      synthesize_rows();
+      synthesize_columns(static_cast<A*>(a_.y) + n * a_.y_strides[0] + channel * a_.y_strides[1]);
+    }
+  }
+
  private:
+  // Where the real spectrum has a frequency (f1, f2), with -f1 where the list has that apart. Waves that there are not
+  // (sines of 0 and of half of the points) lead to a place that holds zeros to read and takes what is written.
+  struct At {
+    A *cc, *cs, *sc, *ss;
+    int64_t opposite;  // -1: none
+  };
+  struct Complex {
+    Vec<A> re{}, im{};
+  };
+
+  template <class Visit>
+  NK_INLINE void for_all_frequencies(Visit visit) {
+    const int64_t h = rows_.points, w = cols_.points, h2 = cosines(h), w2 = cosines(w);
+    const Frequencies list{h, w};
+    A nowhere[L];
+    for (int64_t f1 = 0; f1 < h2; ++f1) {
+      const bool row = f1 > 0 && 2 * f1 < h;
+      for (int64_t f2 = 0; f2 < w2; ++f2) {
+        const bool col = f2 > 0 && 2 * f2 < w;
+        put(static_cast<A*>(nowhere), Vec<A>{});
+        A *c = spectrum_ + f1 * w * L, *s = spectrum_ + (h2 + f1 - 1) * w * L;
+        const At at{c + f2 * L, col ? c + (w2 + f2 - 1) * L : nowhere, row ? s + f2 * L : nowhere,
+                    row && col ? s + (w2 + f2 - 1) * L : nowhere, row && col ? list.at(h - f1, f2).index : -1};
+        visit(f1 * w2 + f2, at, A(list.own_mirror(f1, f2) ? 1 : 2));
+      }
+    }
+  }
+
+  NK_INLINE void put_complex(A* to, int64_t e, Vec<A> re, Vec<A> im) const {
+    const int64_t plane = a_.batch * a_.spectrum.channels;
+    A* at = to + 2 * e * plane;
+    if (present_ == L) {
+      put(at, re);
+      put(at + plane, im);
+      return;
+    }
+    for (int64_t l = 0; l < present_; ++l) {
+      at[l] = re[l];
+      at[plane + l] = im[l];
+    }
+  }
+
+  NK_INLINE Complex get_complex(const A* from, int64_t e) const {
+    const int64_t plane = a_.batch * a_.spectrum.channels;
+    const A* at = from + 2 * e * plane;
+    Complex z;
+    if (present_ == L) return {get(at), get(at + plane)};
+    for (int64_t l = 0; l < present_; ++l) {
+      z.re[l] = at[l];
+      z.im[l] = at[plane + l];
+    }
+    return z;
+  }
+
   // Ve and Vo of the channels, with the weights of the inverse transform.
   void make_v() {
     const Taps& t = a_.spectrum.taps;
@@ -473,7 +562,19 @@ void precondition(const PreconditionJob<A>& job, int64_t channel, int64_t begin,
 }
 
 template <class A>
-constexpr SpectralKernels<A> kKernels = {kWidth<A>, scratch<A>, lag_scratch<A>, precondition<A>, inverse_root<A>};
+void analyze(const PreconditionJob<A>& job, int64_t channel, int64_t begin, int64_t end, A* scratch) {
+  Preconditioning<A>(job, scratch, nullptr).analyze(channel, begin, end);
+}
+
+template <class A>
+void synthesize(const PreconditionJob<A>& job, int64_t channel, int64_t begin, int64_t end, A scale, A* scratch) {
+  Preconditioning<A>(job, scratch, nullptr).synthesize(channel, begin, end, scale);
+}
+
+template <class A>
+constexpr SpectralKernels<A> kKernels = {kWidth<A>,       scratch<A>,    lag_scratch<A>,
+                                         precondition<A>, analyze<A>,    synthesize<A>,
+                                         inverse_root<A>};
 
 }  // namespace
 

@@ -40,6 +40,9 @@ struct SpectralKernels {
   // Maps [begin, end) of channels [channel, channel + lanes), those there are.
   void (*precondition)(const PreconditionJob<A>& job, int64_t channel, int64_t begin, int64_t end, A* scratch,
                        double* lag_scratch);
+  // The same maps to their spectra and back; points of the job that are not asked for are none. See MapArgs.
+  void (*analyze)(const PreconditionJob<A>& job, int64_t channel, int64_t begin, int64_t end, A* scratch);
+  void (*synthesize)(const PreconditionJob<A>& job, int64_t channel, int64_t begin, int64_t end, A scale, A* scratch);
   // V of one channel, [rows][cols/2 + 1]; lag_scratch holds root_scratch(s) doubles.
   void (*inverse_root)(const Spectrum& s, int64_t channel, LagWaves rows, LagWaves cols, A* v, double* lag_scratch);
 };

@@ -8,21 +8,28 @@
 #include <vector>
 
 #include "spectral_loops.h"
+#include "spectral_product.h"
 
 namespace normkern::cpu {
 namespace {
 
-const SpectralTable& table() {
+struct Tables {
+  const SpectralTable* spectral;
+  const ProductTable* product;
+};
+
+const Tables& tables() {
+  static const Tables chosen = [] {
 #if defined(__x86_64__)
-  static const SpectralTable* const chosen = [] {
-    if (!std::strcmp(instruction_set(), "avx512")) return &avx512::kSpectralTable;
-    return std::strcmp(instruction_set(), "avx2") ? &baseline::kSpectralTable : &avx2::kSpectralTable;
-  }();
-  return *chosen;
-#else
-  return baseline::kSpectralTable;
+    if (!std::strcmp(instruction_set(), "avx512")) return Tables{&avx512::kSpectralTable, &avx512::kProductTable};
+    if (!std::strcmp(instruction_set(), "avx2")) return Tables{&avx2::kSpectralTable, &avx2::kProductTable};
 #endif
+    return Tables{&baseline::kSpectralTable, &baseline::kProductTable};
+  }();
+  return chosen;
 }
+
+const SpectralTable& table() { return *tables().spectral; }
 
 template <class A>
 const SpectralKernels<A>& kernels() {
@@ -30,6 +37,14 @@ const SpectralKernels<A>& kernels() {
     return table().f64;
   else
     return table().f32;
+}
+
+template <class A>
+const ProductKernels<A>& products() {
+  if constexpr (std::is_same_v<A, double>)
+    return tables().product->f64;
+  else
+    return tables().product->f32;
 }
 
 // Runs task(begin, end) over parts of [0, count), at most one for each thread, `grain` or more in each.
@@ -50,6 +65,8 @@ void share_out(const Threads& threads, int64_t count, int64_t grain, Task task) 
       },
       &state);
 }
+
+constexpr int64_t kGrain = 1 << 14;  // values that are worth a thread
 
 // cos and sin of 2 pi i / n for i in [0, n), each from an angle of an eighth of the circle at most.
 struct Circle {
@@ -150,7 +167,6 @@ void precondition_of(const PreconditionArgs& a, const Threads& threads) {
   const SpectralKernels<A>& k = kernels<A>();
   const int64_t blocks = (s.channels + k.lanes - 1) / k.lanes;
   // A unit is one map of one block of channels; a part with few of them still finds V once for each block it meets.
-  constexpr int64_t kGrain = 1 << 14;  // values that are worth a thread
   share_out(threads, blocks * a.batch, kGrain / (s.rows * s.cols * k.lanes) + 1, [&](int64_t begin, int64_t end) {
     std::vector<A> scratch(static_cast<size_t>(k.scratch(job)));
     std::vector<double> lag_scratch(static_cast<size_t>(k.lag_scratch(job)));
@@ -159,6 +175,120 @@ void precondition_of(const PreconditionArgs& a, const Threads& threads) {
       const int64_t last = std::min(a.batch, first + end - begin);
       k.precondition(job, block * k.lanes, first, last, scratch.data(), lag_scratch.data());
       begin += last - first;
+    }
+  });
+}
+
+// One side of precondition: the map of `a` at its points and the spectrum, with nothing in between.
+template <class A>
+void map_of(const MapArgs& a, bool forward, const Threads& threads) {
+  PreconditionArgs p;
+  p.spectrum.channels = a.channels;
+  p.batch = a.batch;
+  p.x = a.from;
+  p.y = a.to;
+  (forward ? p.source_rows : p.target_rows) = a.row_points;
+  (forward ? p.source_cols : p.target_cols) = a.col_points;
+  std::copy_n(a.strides, 4, forward ? p.x_strides : p.y_strides);
+  const Transform<A> rows(a.rows, p.source_rows, p.target_rows, 1, 1);
+  const Transform<A> cols(a.cols, p.source_cols, p.target_cols, 1, 1);
+  const PreconditionJob<A> job{&p, rows.view(), cols.view()};
+  const SpectralKernels<A>& k = kernels<A>();
+  const int64_t blocks = (a.channels + k.lanes - 1) / k.lanes;
+  share_out(threads, blocks * a.batch, kGrain / (a.rows * a.cols * k.lanes) + 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(static_cast<size_t>(k.scratch(job)));
+    while (begin < end) {
+      const int64_t block = begin / a.batch, first = begin - block * a.batch;
+      const int64_t last = std::min(a.batch, first + end - begin);
+      if (forward)
+        k.analyze(job, block * k.lanes, first, last, scratch.data());
+      else
+        k.synthesize(job, block * k.lanes, first, last, A(a.scale), scratch.data());
+      begin += last - first;
+    }
+  });
+}
+
+// V of all channels at every frequency of the list, in lines of whole vectors.
+template <class A>
+struct ListedV {
+  std::vector<A> v;
+  int64_t padded;
+
+  ListedV(const Spectrum& s, LagWaves rows, LagWaves cols, int64_t lanes, const Threads& threads)
+      : padded((s.channels + lanes - 1) / lanes * lanes) {
+    constexpr int64_t kTogether = 16;  // channels: a line of the cache is then written as a whole
+    const Frequencies list{s.rows, s.cols};
+    const int64_t plane = s.rows * s.half();
+    v.resize(size_t(list.count() * padded));
+    share_out(threads, (s.channels + kTogether - 1) / kTogether, kGrain / (plane * kTogether) + 1,
+              [&](int64_t begin, int64_t end) {
+                std::vector<A> found(size_t(plane * kTogether));
+                std::vector<double> scratch(static_cast<size_t>(root_scratch(s)));
+                for (int64_t block = begin; block < end; ++block) {
+                  const int64_t first = block * kTogether, count = std::min(kTogether, s.channels - first);
+                  for (int64_t k = 0; k < count; ++k)
+                    kernels<A>().inverse_root(s, first + k, rows, cols, found.data() + k * plane, scratch.data());
+                  for (int64_t f1 = 0; f1 < s.rows; ++f1) {
+                    for (int64_t f2 = 0; f2 < s.half(); ++f2) {
+                      const Frequencies::At at = list.at(f1, f2);
+                      A* to = v.data() + at.index * padded + first;
+                      for (int64_t k = 0; k < count; ++k) to[k] = found[size_t(k * plane + f1 * s.half() + f2)];
+                    }
+                  }
+                }
+              });
+  }
+};
+
+template <class A>
+void contract_of(const ContractArgs& a, const Threads& threads) {
+  const Spectrum& s = a.spectrum;
+  const Circle row_circle(s.rows), col_circle(s.cols);
+  const Waves rows(row_circle, s.rows, s.taps.rows, s.taps.dilation_rows);
+  const Waves cols(col_circle, s.cols, s.taps.cols, s.taps.dilation_cols);
+  const ProductKernels<A>& k = products<A>();
+  const ListedV<A> v(s, rows.view(), cols.view(), k.lanes, threads);
+  const int64_t inputs = a.transposed ? s.channels : a.depth, outputs = a.transposed ? a.depth : s.channels;
+  const int64_t vectors = (outputs + k.lanes - 1) / k.lanes, padded = vectors * k.lanes, count = s.taps.count();
+  std::vector<A> taps(size_t(count * inputs * padded));
+  for (int64_t o = 0; o < outputs; ++o) {
+    for (int64_t i = 0; i < inputs; ++i) {
+      const A* from = static_cast<const A*>(a.weight) + (a.transposed ? i * a.depth + o : o * a.depth + i) * count;
+      for (int64_t t = 0; t < count; ++t) taps[size_t((t * inputs + i) * padded + o)] = from[t];
+    }
+  }
+  const Frequencies whole{s.rows, s.cols}, folded{s.rows / a.stride_rows, s.cols / a.stride_cols};
+  if (!a.transposed && whole.count() != folded.count())  // aliases are added up
+    std::fill_n(static_cast<A*>(a.y), folded.count() * 2 * a.batch * outputs, A(0));
+  const ContractJob<A> job{&a, rows.view(), cols.view(), taps.data(), v.v.data(), padded, v.padded};
+  const int64_t blocks = (vectors + kProductVectors - 1) / kProductVectors, lines = cosines(folded.rows);
+  share_out(threads, blocks * lines, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(static_cast<size_t>(k.contract_scratch(job)));
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t block = unit / lines;
+      k.contract(job, unit % lines, vectors * block / blocks, vectors * (block + 1) / blocks, scratch.data());
+    }
+  });
+}
+
+template <class A>
+void correlate_of(const CorrelateArgs& a, const Threads& threads) {
+  const Spectrum& s = a.spectrum;
+  const Circle row_circle(s.rows), col_circle(s.cols);
+  const Waves rows(row_circle, s.rows, s.taps.rows, s.taps.dilation_rows);
+  const Waves cols(col_circle, s.cols, s.taps.cols, s.taps.dilation_cols);
+  const ProductKernels<A>& k = products<A>();
+  const ListedV<A> v(s, rows.view(), cols.view(), k.lanes, threads);
+  const CorrelateJob<A> job{&a, rows.view(), cols.view(), v.v.data(), v.padded};
+  const int64_t vectors = v.padded / k.lanes, blocks = (vectors + kProductVectors - 1) / kProductVectors;
+  const int64_t parts = (a.depth + kProductDepth - 1) / kProductDepth;
+  share_out(threads, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(static_cast<size_t>(k.correlate_scratch(job)));
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t block = unit / parts, part = unit % parts;
+      k.correlate(job, vectors * block / blocks, vectors * (block + 1) / blocks, a.depth * part / parts,
+                  a.depth * (part + 1) / parts, scratch.data());
     }
   });
 }
@@ -263,6 +393,22 @@ void inverse_root(const Spectrum& s, DType dtype, void* v, const Threads& thread
 
 void multiply(const MultiplyArgs& a, const Threads& threads) {
   a.dtype == DType::f64 ? multiply_of<double>(a, threads) : multiply_of<float>(a, threads);
+}
+
+void analyze(const MapArgs& a, const Threads& threads) {
+  a.dtype == DType::f64 ? map_of<double>(a, true, threads) : map_of<float>(a, true, threads);
+}
+
+void synthesize(const MapArgs& a, const Threads& threads) {
+  a.dtype == DType::f64 ? map_of<double>(a, false, threads) : map_of<float>(a, false, threads);
+}
+
+void contract(const ContractArgs& a, const Threads& threads) {
+  a.dtype == DType::f64 ? contract_of<double>(a, threads) : contract_of<float>(a, threads);
+}
+
+void correlate(const CorrelateArgs& a, const Threads& threads) {
+  a.dtype == DType::f64 ? correlate_of<double>(a, threads) : correlate_of<float>(a, threads);
 }
 
 void precondition(const PreconditionArgs& a, const Threads& threads) {

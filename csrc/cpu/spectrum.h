@@ -19,4 +19,11 @@ void multiply(const MultiplyArgs& a, const Threads& threads);
 // Neither side of the torus may be longer than kMaxPreconditionPoints. Source and target points are distinct.
 void precondition(const PreconditionArgs& a, const Threads& threads);
 
+// Maps to spectra and back; sides as for precondition.
+void analyze(const MapArgs& a, const Threads& threads);
+void synthesize(const MapArgs& a, const Threads& threads);
+
+void contract(const ContractArgs& a, const Threads& threads);
+void correlate(const CorrelateArgs& a, const Threads& threads);
+
 }  // namespace normkern::cpu
