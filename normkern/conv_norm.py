@@ -8,14 +8,16 @@ summed autocorrelation of the kernels, 13 numbers for 3x3, and is exact on every
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normkern import spectrum
+from normkern import spectral_product, spectrum
 from normkern.checks import FLOATS, check_eps, check_flag, shape_of
+from normkern.spectral_product import Route
 from normkern.spectrum import Points, Torus
 
 Pair = tuple[int, int]
@@ -184,6 +186,11 @@ def conv_norm(
     return convolve(input, weight, bias, *shape, eps, None, through_preconditioner)
 
 
+def _mean_gain(torus: Torus, lags: Tensor, dtype: torch.dtype) -> Tensor:
+    """V at frequency 0, (Cout,): that of the torus of one point."""
+    return spectrum.inverse_root(replace(torus, size=(1, 1)), lags, dtype).reshape(-1)
+
+
 def convolve(
     x: Tensor,
     weight: Tensor,
@@ -211,7 +218,7 @@ def convolve(
     if lags is None:
         lags = spectrum.lags(weight if through_preconditioner else weight.detach())
     if weight.shape[2] == 1 and weight.shape[3] == 1:
-        scale = spectrum.inverse_root(Torus((1, 1), (1, 1), (1, 1), eps), lags, x.dtype).reshape(-1)
+        scale = _mean_gain(Torus((1, 1), (1, 1), (1, 1), eps), lags, x.dtype)
         scale = scale if gain is None else scale * gain
         weight = weight * scale.reshape(-1, 1, 1, 1)
         bias = None if bias is None else bias * scale
@@ -220,12 +227,20 @@ def convolve(
         return F.conv2d(x, weight, bias, stride, groups=groups).to(dtype)
 
     reach = dilation[0] * (weight.shape[2] - 1), dilation[1] * (weight.shape[3] - 1)
-    c = F.conv2d(x, weight, bias, 1, reach, dilation, groups)
-    torus = Torus((weight.shape[2], weight.shape[3]), dilation, (c.shape[2], c.shape[3]), eps)
+    size = x.shape[2] + reach[0], x.shape[3] + reach[1]
+    torus = Torus((weight.shape[2], weight.shape[3]), dilation, size, eps)
     rows, cols = (
-        Points(reach[i] - padding[i], stride[i], (torus.size[i] - 2 * (reach[i] - padding[i]) - 1) // stride[i] + 1)
+        Points(reach[i] - padding[i], stride[i], (size[i] - 2 * (reach[i] - padding[i]) - 1) // stride[i] + 1)
         for i in (0, 1)
     )
+    route = Route(torus, padding, (x.shape[2], x.shape[3]), stride, (rows.count, cols.count))
+    spectral = x.numel() > 0 and not lags.requires_grad and spectral_product.takes(route, x, groups)
+    if spectral and spectral_product.pays(route, x, weight):
+        y = spectral_product.convolve(route, x, weight, lags)
+        if bias is not None:  # the general way adds it before V
+            y = y + (bias * _mean_gain(torus, lags, x.dtype)).reshape(-1, 1, 1)
+        return y.to(dtype)
+    c = F.conv2d(x, weight, bias, 1, reach, dilation, groups)
     if c.numel() == 0:
         return c[:, :, rows.slice(), cols.slice()].to(dtype)
     return spectrum.precondition(torus, c, lags, torus.whole(), (rows, cols)).to(dtype)

@@ -100,7 +100,6 @@ struct Tori {
         folded{a.spectrum.rows / a.stride_rows, a.spectrum.cols / a.stride_cols} {}
 
   NK_INLINE Frequencies::At fold(int64_t f1, int64_t f2) const { return folded.at(f1 % folded.rows, f2 % folded.cols); }
-  NK_INLINE bool folds() const { return whole.rows != folded.rows || whole.cols != folded.cols; }
 };
 
 // ---- y = A x ----
@@ -115,18 +114,18 @@ class Contracting {
     inputs_ = a_.transposed ? a_.spectrum.channels : a_.depth;
     outputs_ = a_.transposed ? a_.depth : a_.spectrum.channels;
     sign_ = a_.transposed ? A(-1) : A(1);
-    const int64_t panel = inputs_ * width_;
+    const int64_t panel = kContractDepth * width_;
     sums_ = scratch;
     plus_ = sums_ + 2 * a_.spectrum.taps.cols * panel;
     minus_ = plus_ + 2 * panel;
     x_ = minus_ + 2 * panel;
-    y_ = x_ + 2 * a_.batch * inputs_;
+    y_ = x_ + 2 * a_.batch * kContractDepth;
   }
 
   static int64_t scratch(const ContractJob<A>& job) {
     const ContractArgs& a = *job.args;
-    const int64_t inputs = a.transposed ? a.spectrum.channels : a.depth, width = kProductVectors * L;
-    return (2 * a.spectrum.taps.cols + 4) * inputs * width + 2 * a.batch * (inputs + width);
+    const int64_t width = kProductVectors * L;
+    return (2 * a.spectrum.taps.cols + 4) * kContractDepth * width + 2 * a.batch * (kContractDepth + width);
   }
 
   void run(int64_t row) {
@@ -134,23 +133,26 @@ class Contracting {
     for (int64_t f1 = 0; f1 < cosines(h); ++f1) {
       const int64_t to = f1 % short_h;
       if (to != row && short_h - to != row) continue;
-      sum_rows(f1);
-      for (int64_t f2 = 0; f2 < cosines(w); ++f2) {
-        make_panels(f2);
-        multiply(f1, f2, plus_);
-        if (f1 > 0 && 2 * f1 < h && f2 > 0 && 2 * f2 < w) multiply(h - f1, f2, minus_);
+      for (input_ = 0; input_ < inputs_; input_ += kContractDepth) {
+        depth_ = least(kContractDepth, inputs_ - input_);
+        sum_rows(f1);
+        for (int64_t f2 = 0; f2 < cosines(w); ++f2) {
+          make_panels(f2);
+          multiply(f1, f2, plus_);
+          if (f1 > 0 && 2 * f1 < h && f2 > 0 && 2 * f2 < w) multiply(h - f1, f2, minus_);
+        }
       }
     }
   }
 
  private:
-  // B: [tap columns][2][inputs][width].
+  // B: [tap columns][2][depth][width].
   void sum_rows(int64_t f1) {
     const Taps& t = a_.spectrum.taps;
-    const int64_t half = cosines(tori_.whole.rows), panel = inputs_ * width_, plane = inputs_ * job_.padded;
+    const int64_t half = cosines(tori_.whole.rows), panel = depth_ * width_, plane = inputs_ * job_.padded;
     for (int64_t t2 = 0; t2 < t.cols; ++t2) {
-      for (int64_t c = 0; c < inputs_; ++c) {
-        const A* taps = job_.taps + t2 * plane + c * job_.padded + first_;
+      for (int64_t c = 0; c < depth_; ++c) {
+        const A* taps = job_.taps + t2 * plane + (input_ + c) * job_.padded + first_;
         A* to = sums_ + 2 * t2 * panel + c * width_;
         for (int64_t q = 0; q < width_; q += L) {
           Vec<A> re{}, im{};
@@ -167,7 +169,7 @@ class Contracting {
   }
 
   void make_panels(int64_t f2) {
-    const int64_t half = cosines(tori_.whole.cols), panel = inputs_ * width_, taps = a_.spectrum.taps.cols;
+    const int64_t half = cosines(tori_.whole.cols), panel = depth_ * width_, taps = a_.spectrum.taps.cols;
     for (int64_t i = 0; i < panel; i += L) {
       Vec<A> c = get(sums_ + i), e = get(sums_ + panel + i), d{}, g{};
       for (int64_t t2 = 1; t2 < taps; ++t2) {
@@ -190,27 +192,21 @@ class Contracting {
     const Frequencies::At folded = tori_.fold(f1, f2);
     const A *x = static_cast<const A*>(a_.x), *v = job_.v + whole * job_.v_padded;
     const A sign = folded.mirrored ? A(-1) : A(1);
+    Scalars<A> scalars{x + whole * 2 * n * inputs_ + input_, inputs_, 1, n * inputs_};
     if (a_.transposed) {
-      const A* from = x + folded.index * 2 * n * inputs_;
-      for (int64_t i = 0; i < n; ++i) {
-        const A *re = from + i * inputs_, *im = re + n * inputs_;
-        A *to_re = x_ + i * inputs_, *to_im = to_re + n * inputs_;
-        for (int64_t c = 0; c < inputs_; ++c) {
-          to_re[c] = v[c] * re[c];
-          to_im[c] = sign * v[c] * im[c];
-        }
+      const A* from = x + folded.index * 2 * n * inputs_ + input_;
+      for (int64_t i = 0; i < 2 * n; ++i) {
+        const A times = i < n ? A(1) : sign;
+        for (int64_t c = 0; c < depth_; ++c) x_[i * depth_ + c] = times * v[input_ + c] * from[i * inputs_ + c];
       }
-      x = x_;
-    } else {
-      x += whole * 2 * n * inputs_;
+      scalars = {x_, depth_, 1, n * depth_};
     }
-    product<false>(Scalars<A>{x, inputs_, 1, n * inputs_}, n, inputs_, panel, inputs_ * width_, y_, n * width_,
-                   vectors_);
+    product<false>(scalars, n, depth_, panel, depth_ * width_, y_, n * width_, vectors_);
     const int64_t present = least(width_, outputs_ - first_);
     A* to = static_cast<A*>(a_.y) + (a_.transposed ? whole : folded.index) * 2 * n * outputs_ + first_;
     if (a_.transposed) {
       for (int64_t i = 0; i < 2 * n; ++i)
-        for (int64_t k = 0; k < present; ++k) to[i * outputs_ + k] = y_[i * width_ + k];
+        for (int64_t k = 0; k < present; ++k) to[i * outputs_ + k] += y_[i * width_ + k];
       return;
     }
     // A frequency of the shorter torus that is its own mirror also gets what the opposite one would bring.
@@ -220,10 +216,7 @@ class Contracting {
     for (int64_t i = 0; i < 2 * n; ++i) {
       const A times = i < n ? by : by * sign;
       A* line = to + i * outputs_;
-      if (tori_.folds())
-        for (int64_t k = 0; k < present; ++k) line[k] += times * v[first_ + k] * y_[i * width_ + k];
-      else
-        for (int64_t k = 0; k < present; ++k) line[k] = times * v[first_ + k] * y_[i * width_ + k];
+      for (int64_t k = 0; k < present; ++k) line[k] += times * v[first_ + k] * y_[i * width_ + k];
     }
   }
 
@@ -232,10 +225,11 @@ class Contracting {
   const Tori<ContractArgs> tori_;
   const int64_t vectors_, width_, first_;  // of y's channels
   int64_t inputs_, outputs_;
+  int64_t input_ = 0, depth_ = 0;  // the part of the inputs that is at work: see kContractDepth
   A sign_;
-  A* sums_;            // [tap columns][2][inputs][width]
-  A *plus_, *minus_;   // A(+-f1, f2): [2][inputs][width]
-  A *x_, *y_;          // [2][batch][inputs], [2][batch][width]
+  A* sums_;           // [tap columns][2][depth][width]
+  A *plus_, *minus_;  // A(+-f1, f2): [2][depth][width]
+  A *x_, *y_;         // [2][batch][depth], [2][batch][width]
 };
 
 // ---- the gradient of the taps ----

@@ -38,6 +38,7 @@ struct ProductKernels {
 };
 
 constexpr int64_t kProductVectors = 3;
+constexpr int64_t kContractDepth = 128;  // input channels whose matrix is made at a time: it stays in the L2 cache
 constexpr int64_t kProductDepth = 32;
 
 struct ProductTable {

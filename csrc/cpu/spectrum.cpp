@@ -209,6 +209,8 @@ void map_of(const MapArgs& a, bool forward, const Threads& threads) {
   });
 }
 
+constexpr int64_t kTogether = 16;  // channels: a line of the cache is written as a whole
+
 // V of all channels at every frequency of the list, in lines of whole vectors.
 template <class A>
 struct ListedV {
@@ -217,7 +219,6 @@ struct ListedV {
 
   ListedV(const Spectrum& s, LagWaves rows, LagWaves cols, int64_t lanes, const Threads& threads)
       : padded((s.channels + lanes - 1) / lanes * lanes) {
-    constexpr int64_t kTogether = 16;  // channels: a line of the cache is then written as a whole
     const Frequencies list{s.rows, s.cols};
     const int64_t plane = s.rows * s.half();
     v.resize(size_t(list.count() * padded));
@@ -252,15 +253,18 @@ void contract_of(const ContractArgs& a, const Threads& threads) {
   const int64_t inputs = a.transposed ? s.channels : a.depth, outputs = a.transposed ? a.depth : s.channels;
   const int64_t vectors = (outputs + k.lanes - 1) / k.lanes, padded = vectors * k.lanes, count = s.taps.count();
   std::vector<A> taps(size_t(count * inputs * padded));
-  for (int64_t o = 0; o < outputs; ++o) {
+  for (int64_t first = 0; first < outputs; first += kTogether) {
+    const int64_t last = std::min(outputs, first + kTogether);
     for (int64_t i = 0; i < inputs; ++i) {
-      const A* from = static_cast<const A*>(a.weight) + (a.transposed ? i * a.depth + o : o * a.depth + i) * count;
-      for (int64_t t = 0; t < count; ++t) taps[size_t((t * inputs + i) * padded + o)] = from[t];
+      const A* from = static_cast<const A*>(a.weight) + (a.transposed ? i * a.depth : i) * count;
+      const int64_t step = a.transposed ? count : a.depth * count;
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t o = first; o < last; ++o) taps[size_t((t * inputs + i) * padded + o)] = from[o * step + t];
     }
   }
   const Frequencies whole{s.rows, s.cols}, folded{s.rows / a.stride_rows, s.cols / a.stride_cols};
-  if (!a.transposed && whole.count() != folded.count())  // aliases are added up
-    std::fill_n(static_cast<A*>(a.y), folded.count() * 2 * a.batch * outputs, A(0));
+  // Aliases and parts of the inputs are added up.
+  std::fill_n(static_cast<A*>(a.y), (a.transposed ? whole : folded).count() * 2 * a.batch * outputs, A(0));
   const ContractJob<A> job{&a, rows.view(), cols.view(), taps.data(), v.v.data(), padded, v.padded};
   const int64_t blocks = (vectors + kProductVectors - 1) / kProductVectors, lines = cosines(folded.rows);
   share_out(threads, blocks * lines, 1, [&](int64_t begin, int64_t end) {
