@@ -56,8 +56,8 @@ def pays(route: Route, x: Tensor, weight: Tensor) -> bool:
     """Whether the spectral way takes fewer operations than the full convolution and V after it.
 
     Counted in multiply-adds. A complex product is 4 of them, and making a frequency's matrix costs as much as 20 for
-    every column of taps: with 1 and 16 samples the 3x3 layers of ResNet-18 take 1.3 and 0.5 times the general way's
-    time. A transform by matrices has about half the sum of the sides for every point, one by FFT as much as 48.
+    every column of taps: on the 3x3 layers of ResNet-18 (bench/bench_conv_norm.py) the two ways then meet at 4 samples,
+    as they do when timed. A transform by matrices is half the sum of the sides for every point, by an FFT 48 at most.
     """
     (out, depth, rows, cols), batch = weight.shape, x.shape[0]
     size = route.torus.size

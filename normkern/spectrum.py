@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkern.backends import select
-from normkern.backends import triton_spectrum as triton_spectrum  # registers operators
+from normkern.backends.triton_spectrum import lag_count as lag_count  # its module registers operators
 
 logger = logging.getLogger("normkern")
 
@@ -58,11 +58,6 @@ class Torus:
 
     def whole(self) -> Part:
         return Points(0, 1, self.size[0]), Points(0, 1, self.size[1])
-
-
-def lag_count(kernel: Sequence[int]) -> int:
-    """Half of the (2 kh - 1) x (2 kw - 1) plane, with the origin."""
-    return ((2 * kernel[0] - 1) * (2 * kernel[1] - 1) + 1) // 2
 
 
 def _offsets(kernel: Sequence[int]) -> list[tuple[int, int]]:

@@ -39,8 +39,7 @@ Tensor analyze(const Tensor& x, const Numbers& torus, const Numbers& source) {
   a.row_points = points_of(source, 0, x.size(2), torus[0], "source");
   a.col_points = points_of(source, 2, x.size(3), torus[1], "source");
   for (int i = 0; i < 4; ++i) a.strides[i] = x.stride(i);
-  const Tensor found =
-      new_dense(x, {Frequencies{a.rows, a.cols}.count(), 2, a.batch, a.channels}, torch_dtype(x));
+  const Tensor found = new_dense(x, {Frequencies{a.rows, a.cols}.count(), 2, a.batch, a.channels}, torch_dtype(x));
   a.from = x.const_data_ptr();
   a.to = found.mutable_data_ptr();
   cpu::analyze(a, torch_threads());
@@ -86,8 +85,9 @@ Args product_args(const Tensor& x, const Tensor& lags, const Numbers& taps, cons
 // See ContractArgs.
 Tensor contract(const Tensor& x, const Tensor& weight, const Tensor& lags, const Numbers& dilation,
                 const Numbers& torus, const Numbers& stride, double eps, bool transposed) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.numel() > 0 && torch_dtype(weight) == torch_dtype(x),
-                  "normkern: weight must be contiguous, 4-D, not empty and of the dtype of x");
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.is_contiguous() && weight.numel() > 0 && torch_dtype(weight) == torch_dtype(x),
+      "normkern: weight must be contiguous, 4-D, not empty and of the dtype of x");
   check_numbers(dilation, 2, 1, "dilation");
   auto a = product_args<ContractArgs>(x, lags, {weight.size(2), weight.size(3), dilation[0], dilation[1]}, torus,
                                       stride, eps);
@@ -98,8 +98,9 @@ Tensor contract(const Tensor& x, const Tensor& weight, const Tensor& lags, const
   STD_TORCH_CHECK(a.spectrum.channels == weight.size(0) && x.size(3) == weight.size(transposed ? 0 : 1),
                   "normkern: weight must have a row for each row of lags, and x the channels of weight");
   a.batch = x.size(2);
-  const Tensor y = new_dense(
-      x, {(transposed ? whole : folded).count(), 2, a.batch, transposed ? a.depth : a.spectrum.channels}, torch_dtype(x));
+  const Tensor y =
+      new_dense(x, {(transposed ? whole : folded).count(), 2, a.batch, transposed ? a.depth : a.spectrum.channels},
+                torch_dtype(x));
   a.weight = weight.const_data_ptr();
   a.x = x.const_data_ptr();
   a.y = y.mutable_data_ptr();

@@ -106,8 +106,8 @@ struct Frequencies {
   }
 };
 
-// A map and its spectrum [frequencies, 2 (real, imaginary), batch, channels], X(f) = sum over points of x e^(-i w.p) and
-// back, x(p) = scale * sum over all frequencies of X e^(i w.p), at the points that the map holds.
+// A map and its spectrum [frequencies, 2 (real, imaginary), batch, channels], X(f) = sum over points of x e^(-i w.p)
+// and back, x(p) = scale * sum over all frequencies of X e^(i w.p), at the points that the map holds.
 struct MapArgs {
   DType dtype = DType::f32;  // f32 or f64
   int64_t batch = 0, channels = 0;
@@ -119,9 +119,9 @@ struct MapArgs {
   double scale = 1;
 };
 
-// The preconditioned convolution between two spectra as of MapArgs. y(g) = sum over the aliases f of g of V(f) A(f) x(f),
-// A_kc(f) = sum over taps of w_kc[t] e^(i w.t): x is on the whole torus, y on one that is shorter by the strides, which
-// divide it. Transposed: x, on the shorter torus, is the gradient of y, and y(f) = A(f)^H V(f) x(g(f)).
+// The preconditioned convolution between two spectra as of MapArgs. y(g) = sum over the aliases f of g of V(f) A(f)
+// x(f), A_kc(f) = sum over taps of w_kc[t] e^(i w.t): x is on the whole torus, y on one that is shorter by the strides,
+// which divide it. Transposed: x, on the shorter torus, is the gradient of y, and y(f) = A(f)^H V(f) x(g(f)).
 struct ContractArgs {
   Spectrum spectrum;  // its channels are those of the shorter torus
   DType dtype = DType::f32;

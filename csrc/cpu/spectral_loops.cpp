@@ -572,9 +572,8 @@ void synthesize(const PreconditionJob<A>& job, int64_t channel, int64_t begin, i
 }
 
 template <class A>
-constexpr SpectralKernels<A> kKernels = {kWidth<A>,       scratch<A>,    lag_scratch<A>,
-                                         precondition<A>, analyze<A>,    synthesize<A>,
-                                         inverse_root<A>};
+constexpr SpectralKernels<A> kKernels = {kWidth<A>,  scratch<A>,    lag_scratch<A>, precondition<A>,
+                                         analyze<A>, synthesize<A>, inverse_root<A>};
 
 }  // namespace
 

@@ -1,8 +1,9 @@
-// spectral_product.cpp: a convolution between spectra: at every frequency a small complex matrix, made of the taps where
-// it is used and never stored. Compiled once per instruction set, with NK_ISA naming the namespace.
+// spectral_product.cpp: a convolution between spectra: at every frequency a small complex matrix, made of the taps
+// where it is used and never stored. Compiled once per instruction set, with NK_ISA naming the namespace.
 //
 // A(f1, f2) and A(-f1, f2) are made together, from B[t2] = sum over t1 of w[t1, t2] e^(i w1 t1):
-//   A(+-f1, f2) = (C -+ D) + i (G +- E),  C = sum cos(w2 t2) Re B,  D = sum sin Im B,  E = sum cos Im B,  G = sum sin Re B
+//   A(+-f1, f2) = (C -+ D) + i (G +- E),  C = sum cos(w2 t2) Re B,  D = sum sin Im B,  E = sum cos Im B,  G = sum sin
+//   Re B
 #include "spectral_product.h"
 
 #include "lanes.h"
@@ -240,8 +241,14 @@ class Correlating {
   static constexpr int64_t L = kWidth<A>;
 
   Correlating(const CorrelateJob<A>& job, int64_t begin, int64_t end, int64_t first, int64_t last, A* scratch)
-      : job_(job), a_(*job.args), tori_(a_), vectors_(end - begin), width_(vectors_ * L), first_channel_(begin * L),
-        first_(first), count_(last - first) {
+      : job_(job),
+        a_(*job.args),
+        tori_(a_),
+        vectors_(end - begin),
+        width_(vectors_ * L),
+        first_channel_(begin * L),
+        first_(first),
+        count_(last - first) {
     const int64_t panel = count_ * width_;
     taps_ = scratch;
     sums_ = taps_ + a_.spectrum.taps.count() * panel;

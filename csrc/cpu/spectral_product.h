@@ -30,8 +30,8 @@ struct ProductKernels {
   // Elements of A: scratch of a call with so many vectors of y's channels.
   int64_t (*contract_scratch)(const ContractJob<A>& job);
   int64_t (*correlate_scratch)(const CorrelateJob<A>& job);
-  // The rows of frequencies that come to row `row` or -`row` of the shorter torus; vectors [begin, end) of y's channels,
-  // kProductVectors at most.
+  // The rows of frequencies that come to row `row` or -`row` of the shorter torus; vectors [begin, end) of y's
+  // channels, kProductVectors at most.
   void (*contract)(const ContractJob<A>& job, int64_t row, int64_t begin, int64_t end, A* scratch);
   // Vectors [begin, end) of channels, input channels [first, last), kProductDepth at most.
   void (*correlate)(const CorrelateJob<A>& job, int64_t begin, int64_t end, int64_t first, int64_t last, A* scratch);

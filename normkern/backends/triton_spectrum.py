@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,10 +25,15 @@ def _kernels() -> Any:
     return importlib.import_module("normkern.backends.triton_spectral_kernels")
 
 
+def lag_count(kernel: Sequence[int]) -> int:
+    """Half of the (2 kh - 1) x (2 kw - 1) plane, with the origin."""
+    return ((2 * kernel[0] - 1) * (2 * kernel[1] - 1) + 1) // 2
+
+
 @torch.library.custom_op("normkern_triton::lags", mutates_args=())
 def lags(weight: Tensor) -> Tensor:
     out, depth, rows, cols = weight.shape
-    count = cols + (rows - 1) * (2 * cols - 1)
+    count = lag_count((rows, cols))
     found = weight.new_empty((out, count), dtype=torch.float64)
     if found.numel():
         tile = min(LAG_TILE, 1 << max(depth - 1, 0).bit_length())
