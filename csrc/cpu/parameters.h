@@ -1,5 +1,4 @@
-// parameters.h: vectors of parameters into the kernels' floats, and their gradients out of float64. Included by norm.cpp
-// alone.
+// parameters.h: vectors of parameters into the kernels' floats, and their gradients out of float64. For norm.cpp alone.
 #pragma once
 
 #include "lanes.h"
