@@ -420,6 +420,35 @@ NK_INLINE void store_some(T* p, Pack<A> v, int64_t n) {
   n == kLanes ? store(p, v) : store(p, v, n);
 }
 
+// The elements of two packs in any order, the same one on their way in and out. Of bfloat16 one pack has the even ones
+// and the other the odd ones: no instruction has to bring an element into another lane.
+template <class A>
+struct Pair {
+  Pack<A> a, b;
+};
+template <class T>
+constexpr bool kPaired = false;
+template <>
+constexpr bool kPaired<bf16> = true;
+using PairBits = Vector<uint32_t, kLanes>;
+
+template <class A, class T>
+NK_INLINE Pair<A> load_pair(const T* p) {
+  if constexpr (kPaired<T> && sizeof(A) == 4) {
+    PairBits bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return {{bit_cast<Vector<float, kLanes>>(bits << 16)}, {bit_cast<Vector<float, kLanes>>(bits & 0xffff0000)}};
+  } else {
+    return {load<A>(p), load<A>(p + kLanes)};
+  }
+}
+
+// Of bfloat16 alone; rounded as by put_floats.
+NK_INLINE PairBits rounded(Pair<float> v) {
+  const PairBits a = bit_cast<PairBits>(v.a.part[0]), b = bit_cast<PairBits>(v.b.part[0]);
+  return ((a + 0x7fff + ((a >> 16) & 1)) >> 16) | ((b + 0x7fff + ((b >> 16) & 1)) & 0xffff0000);
+}
+
 // Stores past the caches; p is a multiple of what one store writes.
 template <class T>
 constexpr int64_t kStreamed = kLanes * sizeof(T) < kRegister ? kLanes * sizeof(T) : kRegister;
@@ -453,6 +482,28 @@ NK_INLINE void stream(T* p, Pack<A> v) {
   }
 #else
   store(p, v);
+#endif
+}
+
+// A register; p is a multiple of 16 bytes.
+NK_INLINE void stream_bits(void* p, PairBits bits) {
+#if defined(__SSE2__)
+  __m128i* to = static_cast<__m128i*>(p);
+#if defined(__AVX512F__)
+  const __m512i v = bit_cast<__m512i>(bits);
+  _mm_stream_si128(to, _mm512_castsi512_si128(v));
+  _mm_stream_si128(to + 1, _mm512_extracti32x4_epi32(v, 1));
+  _mm_stream_si128(to + 2, _mm512_extracti32x4_epi32(v, 2));
+  _mm_stream_si128(to + 3, _mm512_extracti32x4_epi32(v, 3));
+#elif defined(__AVX2__)
+  const __m256i v = bit_cast<__m256i>(bits);
+  _mm_stream_si128(to, _mm256_castsi256_si128(v));
+  _mm_stream_si128(to + 1, _mm256_extracti128_si256(v, 1));
+#else
+  _mm_stream_si128(to, bit_cast<__m128i>(bits));
+#endif
+#else
+  __builtin_memcpy(p, &bits, sizeof(bits));
 #endif
 }
 

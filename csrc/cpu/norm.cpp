@@ -6,6 +6,7 @@
 // Loops come in three forms, by what follows the affine step (Tail): the common ones are then free of calls.
 #include "activate.h"
 #include "kernels.h"
+#include "packs.h"
 #include "parameters.h"
 #include "sums.h"
 
@@ -78,49 +79,6 @@ NK_INLINE void for_pieces(const Runs& r, const Lookup& lookup, Body body) {
   }
 }
 
-struct Yes {
-  static constexpr bool value = true;
-};
-struct No {
-  static constexpr bool value = false;
-};
-
-// Calls step(i, pack length, stream) over [0, n) in packs that are written to `to`. Packs may overlap, so a step must
-// only depend on its elements; ranges shorter than a pack come as one partial pack.
-template <class T, class Step>
-NK_INLINE void for_packs(const T* to, int64_t n, bool stream, Step step) {
-  if (n < kLanes) return step(0, n, No());
-  int64_t i = 0;
-  const int64_t past = reinterpret_cast<uintptr_t>(to) % kStreamed<T>;
-  // Lines of memory that are written in part go out in part; so no short ranges, unless they are whole.
-  if (stream && (n >= 32 * kLanes || (past == 0 && n % kLanes == 0))) {
-    if (past) {
-      step(0, int64_t(kLanes), No());
-      i = (kStreamed<T> - past) / sizeof(T);
-    }
-    for (; i + kLanes <= n; i += kLanes) step(i, int64_t(kLanes), Yes());
-  } else {
-    for (; i + kLanes <= n; i += kLanes) step(i, int64_t(kLanes), No());
-  }
-  if (i < n) step(n - kLanes, int64_t(kLanes), No());
-}
-
-template <class Stream, class T, class A>
-NK_INLINE void put(T* p, Pack<A> v, int64_t n, Stream) {
-  if constexpr (Stream::value)
-    stream(p, v);
-  else
-    store_some(p, v, n);
-}
-
-constexpr int64_t kAheadBytes = 2048;  // the hardware's own fetching ends with a page
-
-// What streams has left the caches: the next tile comes while this one goes, or without tiles what lies a little ahead.
-template <class Stream, class T>
-NK_INLINE void fetch(const T* p, int64_t ahead, Stream) {
-  if constexpr (Stream::value) __builtin_prefetch(p + (ahead ? ahead : kAheadBytes / int64_t(sizeof(T))));
-}
-
 // ---- what follows the affine step ----
 
 enum class Tail { none, relu, any };
@@ -146,6 +104,17 @@ NK_INLINE Pack<A> finish(const Elements<A>& a, int64_t e, int64_t n, Pack<A> z) 
   if (a.residual) z = z + load_some<A>(static_cast<const T*>(a.residual) + e, n);
   if constexpr (kTail == Tail::relu) return where_less(z, fill(A(0)), fill(A(0)), z);
   return a.act == Act::none ? z : activate(a.act, z);
+}
+
+template <Tail kTail, class T, class A>
+NK_INLINE Pair<A> finish_pair(const Elements<A>& a, int64_t e, Pair<A> z) {
+  if constexpr (kTail == Tail::none) return z;
+  if (a.residual) {
+    const Pair<A> residual = load_pair<A>(static_cast<const T*>(a.residual) + e);
+    z = {z.a + residual.a, z.b + residual.b};
+  }
+  const Pack<A> zero = fill(A(0));
+  return {where_less(z.a, zero, zero, z.a), where_less(z.b, zero, zero, z.b)};
 }
 
 // dz: the gradient of what enters the activation; z is made only where it is needed. The sums keep what is costly.
@@ -227,11 +196,18 @@ void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, 
         const A factor = center.rstd[run] * a.weight[entry];
         const Pack<A> mean = fill(center.mean[run]), scale = fill(factor),
                       shift = fill(a.bias[entry] - center.low[run] * factor);
-        for_packs(y, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-          fetch(x + i, a.ahead, stream);
-          const Pack<A> z = fma(load_some<A>(x + i, m) - mean, scale, shift);
-          put(y + i, finish<kTail, T>(a, e + i, m, z), m, stream);
-        });
+        const auto z = [&](Pack<A> xs) NK_INLINED { return fma(xs - mean, scale, shift); };
+        for_packs<kPaired<T> && kTail != Tail::any>(
+            y, n, a.stream,
+            [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+              fetch(x + i, a.ahead, stream);
+              put(y + i, finish<kTail, T>(a, e + i, m, z(load_some<A>(x + i, m))), m, stream);
+            },
+            [&](int64_t i, auto stream) NK_INLINED {
+              fetch(x + i, a.ahead, stream);
+              const Pair<A> xs = load_pair<A>(x + i);
+              put_pair(y + i, finish_pair<kTail, T, A>(a, e + i, {z(xs.a), z(xs.b)}), stream);
+            });
       }
     });
   });
@@ -292,14 +268,25 @@ NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int6
   for (int64_t start = 0; start < n; start += kBlock<A>) {
     const T *from = x + start, *dfrom = dy + start;
     Pack<A> sums[2] = {fill(A(0)), fill(A(0))};
+    const auto step = [&](int64_t i, Pack<A>* to) NK_INLINED {
+      const Pack<A> xs = load<A>(from + i);
+      const Pack<A> dz = dz_of<kTail, T>(a, e + start + i, kLanes, load<A>(dfrom + i),
+                                         [&]() NK_INLINED { return fma(xs - mean, scale, shift); });
+      use(xs, keep<kTail>(a, place + start + i, kLanes, dz), to);
+    };
     add_block<A, 2>(
         n - start < kBlock<A> ? n - start : kBlock<A>, sums,
-        [&](int64_t i, Pack<A>* to) NK_INLINED {
-          const Pack<A> xs = load<A>(from + i);
-          const Pack<A> dz = dz_of<kTail, T>(a, e + start + i, kLanes, load<A>(dfrom + i),
-                                             [&]() NK_INLINED { return fma(xs - mean, scale, shift); });
-          use(xs, keep<kTail>(a, place + start + i, kLanes, dz), to);
+        [&](int64_t i, Pack<A>* to, Pack<A>* other) NK_INLINED {
+          if constexpr (kTail == Tail::none) {
+            const Pair<A> xs = load_pair<A>(from + i), dz = load_pair<A>(dfrom + i);
+            use(xs.a, dz.a, to);
+            use(xs.b, dz.b, other);
+          } else {
+            step(i, to);
+            step(i + kLanes, other);
+          }
         },
+        step,
         [&](int64_t m, int64_t left, Pack<A>* to) NK_INLINED {
           const Pack<A> xs = load<A>(from + m - left, left);
           const Pack<A> dz = dz_of<kTail, T>(a, e + start + m - left, left, load<A>(dfrom + m - left, left),
@@ -481,10 +468,11 @@ void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup
       T *dx = static_cast<T*>(a.dx) + e, *dresidual = static_cast<T*>(a.dresidual) + e;
       const Pack<A> mean = fill(center.mean[run]), rstd = fill(center.rstd[run]), slope = fill(slopes.slope[run]),
                     offset = fill(slopes.offset[run]);
+      const auto through = [&](Pack<A> d, Pack<A> dz, Pack<A> scale)
+                               NK_INLINED { return fma(d * rstd, slope, fma(dz, scale, offset)); };
       const auto write = [&](int64_t i, int64_t m, Pack<A> d, Pack<A> dz, Pack<A> scale, auto stream) NK_INLINED {
         if (kTail != Tail::none && a.dresidual) put(dresidual + i, dz, m, stream);
-        if (kTail == Tail::none || a.dx)
-          put(dx + i, past<kTail, T>(a, e + i, m, fma(d * rstd, slope, fma(dz, scale, offset))), m, stream);
+        if (kTail == Tail::none || a.dx) put(dx + i, past<kTail, T>(a, e + i, m, through(d, dz, scale)), m, stream);
       };
       // Where dx is not wanted, dresidual is; their buffers are aligned alike.
       const T* to = a.dx ? dx : dresidual;
@@ -502,14 +490,23 @@ void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup
       } else {
         const A factor = center.rstd[run] * a.weight[entry];
         const Pack<A> scale = fill(factor), shift = fill(a.bias[entry] - center.low[run] * factor);
-        for_packs(to, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-          fetch(x + i, a.ahead, stream);
-          fetch(static_cast<const T*>(a.dy) + e + i, a.ahead, stream);
-          const Pack<A> d = load_some<A>(x + i, m) - mean;
-          const Pack<A> dz =
-              dz_again<kTail, T>(a, e + i, place + i, m, [&]() NK_INLINED { return fma(d, scale, shift); });
-          write(i, m, d, dz, scale, stream);
-        });
+        const T* dy = static_cast<const T*>(a.dy) + e;
+        for_packs<kPaired<T> && kTail == Tail::none>(
+            to, n, a.stream,
+            [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+              fetch(x + i, a.ahead, stream);
+              fetch(dy + i, a.ahead, stream);
+              const Pack<A> d = load_some<A>(x + i, m) - mean;
+              const Pack<A> dz =
+                  dz_again<kTail, T>(a, e + i, place + i, m, [&]() NK_INLINED { return fma(d, scale, shift); });
+              write(i, m, d, dz, scale, stream);
+            },
+            [&](int64_t i, auto stream) NK_INLINED {
+              fetch(x + i, a.ahead, stream);
+              fetch(dy + i, a.ahead, stream);
+              const Pair<A> xs = load_pair<A>(x + i), dz = load_pair<A>(dy + i);
+              put_pair(dx + i, {through(xs.a - mean, dz.a, scale), through(xs.b - mean, dz.b, scale)}, stream);
+            });
       }
     });
   });

@@ -24,17 +24,17 @@ constexpr int kChains = sizeof(S) == 4 ? 4 : 2;
 template <class S>
 constexpr int64_t kBlock = kTerms * kChains<S> * kLanes;  // elements of one block of sums
 
-// Sums over n <= kBlock elements: step(i, to) adds the pack at i to the kSums packs `to`, and last(n, left, to) the
-// last `left` of the n elements, where they are no whole pack.
-template <class S, int kSums, class Step, class Last>
-NK_INLINE void add_block(int64_t n, Pack<S> (&sums)[kSums], Step step, Last last) {
+// Sums over n <= kBlock elements: step(i, to) adds the pack at i to the kSums packs `to`, pair(i, to, other) the two
+// packs from i on to one each, and last(n, left, to) the last `left` of the n elements, where they are no whole pack.
+template <class S, int kSums, class Pairs, class Step, class Last>
+NK_INLINE void add_block(int64_t n, Pack<S> (&sums)[kSums], Pairs pair, Step step, Last last) {
   Pack<S> chain[kChains<S>][kSums];
   for (int u = 0; u < kChains<S>; ++u)
     for (int k = 0; k < kSums; ++k) chain[u][k] = fill(S(0));
   int64_t i = 0;
   for (; i + kChains<S> * kLanes <= n; i += kChains<S> * kLanes) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kChains<S>; ++u) step(i + u * kLanes, chain[u]);
+#pragma GCC unroll 2
+    for (int u = 0; u < kChains<S>; u += 2) pair(i + u * kLanes, chain[u], chain[u + 1]);
   }
   for (; i + kLanes <= n; i += kLanes) step(i, chain[0]);
   if (i < n) last(n, n - i, chain[1]);
@@ -62,7 +62,13 @@ NK_INLINE void add_moments(const T* p, int64_t n, Pack<S> shift, Pack<S> (&sums)
   };
   const auto centered = [&](Pack<S> v) NK_INLINED { return kCentered ? v - shift : v; };
   add_block<S, 2>(
-      n, sums, [&](int64_t i, Pack<S>* to) NK_INLINED { use(centered(load<S>(p + i)), to); },
+      n, sums,
+      [&](int64_t i, Pack<S>* to, Pack<S>* other) NK_INLINED {
+        const Pair<S> v = load_pair<S>(p + i);
+        use(centered(v.a), to);
+        use(centered(v.b), other);
+      },
+      [&](int64_t i, Pack<S>* to) NK_INLINED { use(centered(load<S>(p + i)), to); },
       [&](int64_t all, int64_t left, Pack<S>* to)
           NK_INLINED { use(last_lanes(centered(load_last<S>(p, all, left)), left), to); });
 }
