@@ -55,6 +55,7 @@ OPERATORS = (
     ("everyone leads", r"seat\.(leads|first_lane)\(\) && ", ""),
     # Not the loops over the elements of one access: those are registers, and the compiler sees their end itself.
     ("bound off by one", r"(?<=[\w\])]) < (?=[\w(])(?!(?:V|kPiece|kWidth|access\.value|2);)", " <= "),
+    ("statistics stay", r"if \(running\.mean\.data\) move_channel\(.*\);", ";"),
     ("no tail", r"if \((\w+\.n) == V\)", r"if (\1 > 0)"),
     ("no guard", r"if \((\w+\.n) > 0\)", "if (true)"),
 )
