@@ -171,13 +171,10 @@ def batch_norm_moved(
         return _normalize(x, dense, found, weight, bias, residual, mean, var, call=call)[0], None
     if running_mean is None or running_var is None:
         return _normalize(x, dense, found, weight, bias, residual, call=call)[0], None
-    if (
-        not isinstance(momentum, Tensor)
-        and not skip_nonfinite
-        and running.move_in_forward(dense, running_mean, running_var)
-    ):
-        moving = running_mean, running_var, True, momentum
-        return _normalize(x, dense, found, weight, bias, residual, *moving, call=call)[0], None
+    may_move = not skip_nonfinite and running.move_in_forward(dense, running_mean, running_var)
+    if may_move and not isinstance(momentum, Tensor):
+        statistics = running_mean, running_var, False, momentum
+        return _normalize(x, dense, found, weight, bias, residual, *statistics, call=call)[0], None
     y, batch_mean, batch_var = _normalize(x, dense, found, weight, bias, residual, save=True, call=call)
     only = _all_finite(batch_mean, batch_var) if skip_nonfinite else None
     running.update(running_mean, running_var, batch_mean, batch_var, numel // channels, momentum, only)

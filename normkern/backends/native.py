@@ -244,9 +244,8 @@ def _extents(domain: Domain) -> list[int]:
 
 def _register_fakes() -> None:
     register: Callable[[str], Callable[[Callable[..., object]], object]] = torch.library.register_fake
-    three = fakes.forward, fakes.backward, fakes.moments
-    for fake in (*three, fakes.add_forward, fakes.add_backward, fakes.batch_forward):
-        register(f"normkern::{fake.__name__}")(fake)
+    for name in ("forward", "backward", "add_forward", "add_backward", "batch_forward", "moments"):
+        register(f"normkern::{name}")(getattr(fakes, name))
 
     @register("normkern::update_running")
     def update_running(
