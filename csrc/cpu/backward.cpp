@@ -242,6 +242,12 @@ class Backward {
       for (const Share& s : shares_) {
         const int64_t end = std::min(g1 * per_weight, s.first + s.count);
         int64_t e = std::max(g0 * per_weight, s.first);
+        if (per_weight == 1) {
+          for (; e < end; ++e) {
+            dbias[e - g0] += s.dbias[e - s.first];
+            dweight[e - g0] += s.dweight[e - s.first];
+          }
+        }
         for (int64_t g = e / per_weight - g0; e < end; ++g) {
           for (const int64_t last = std::min(end, (g0 + g + 1) * per_weight); e < last; ++e) {
             dbias[g] += s.dbias[e - s.first];
@@ -250,11 +256,9 @@ class Backward {
         }
       }
       const auto write = [&](Grad grad, const Buffer<double>& from) {
-        if (!grad.data) return;
-        with_type(grad.dtype, [&](auto type) {
-          auto* to = static_cast<decltype(type)*>(grad.data);
-          for (int64_t g = g0; g < g1; ++g) from_double(from[g - g0], to[g]);
-        });
+        if (grad.data)
+          kernels().write_doubles(from.get(), g1 - g0, grad.dtype,
+                                  static_cast<char*>(grad.data) + g0 * int64_t(size_of(grad.dtype)));
       };
       write(a_.dbias, dbias);
       write(a_.dweight, dweight);

@@ -95,6 +95,10 @@ struct Kernels {
 struct KernelTable {
   Kernels<double> f64;
   Kernels<float> f32, f16, bf16;
+  // Parameters as floats; every NaN is the same one, see canonical() in layout.h.
+  void (*read_floats)(const void* from, DType dtype, int64_t n, float* to);
+  // Gradients of parameters, rounded once.
+  void (*write_doubles)(const double* from, int64_t n, DType dtype, void* to);
 };
 
 namespace baseline {

@@ -16,6 +16,7 @@
 #include "../core/half.h"
 #include "entry.h"
 #include "kernels.h"
+#include "types.h"
 
 namespace normkern::cpu {
 
@@ -222,16 +223,6 @@ inline int64_t wanted_tasks(int64_t numel, const Threads& threads) {
 
 // ---- parameters ----
 
-template <class Use>
-void with_type(DType dtype, Use use) {
-  switch (dtype) {
-    case DType::f32: return use(float());
-    case DType::f64: return use(double());
-    case DType::f16: return use(f16());
-    case DType::bf16: return use(bf16());
-  }
-}
-
 inline double to_double(float v) { return v; }
 inline double to_double(double v) { return v; }
 inline double to_double(f16 v) { return to_float(v); }
@@ -267,23 +258,30 @@ class Expanded {
       if (std::none_of(data_, data_ + l.entries, [](A v) { return v != v; })) return;
     }
     owned_ = buffer<A>(l.entries);
-    data_ = owned_.get();
+    A* const to = owned_.get();
+    data_ = to;
     if (!param.data) {
-      std::fill_n(owned_.get(), l.entries, missing);
+      std::fill_n(to, l.entries, missing);
       return;
     }
-    const int64_t per_weight = l.entries_per_weight();
-    with_type(param.dtype, [&](auto type) {
-      const auto* from = static_cast<const decltype(type)*>(param.data);
-      const int64_t groups = l.affine.groups();
-      for (int64_t i = 0; i < l.entries;)
-        for (int64_t g = 0; g < groups; ++g)
-          for (int64_t n = 0; n < per_weight; ++n) owned_[i++] = canonical(A(to_double(from[g])));
-    });
+    const int64_t groups = l.affine.groups(), per_weight = l.entries_per_weight(), period = groups * per_weight;
+    // What is read lies behind what is made of it, until the last is written.
+    A* const values = to + (period - groups);
+    read(param, groups, values);
+    for (int64_t g = 0; g < groups && per_weight > 1; ++g) std::fill_n(to + g * per_weight, per_weight, values[g]);
+    for (int64_t i = period; i < l.entries; i += period) std::copy_n(to, std::min(period, l.entries - i), to + i);
   }
   const A* data() const { return data_; }
 
  private:
+  static void read(Param from, int64_t n, A* to) {
+    if constexpr (sizeof(A) == 4) return kernels().read_floats(from.data, from.dtype, n, to);
+    with_type(from.dtype, [&](auto type) {
+      const auto* values = static_cast<const decltype(type)*>(from.data);
+      for (int64_t i = 0; i < n; ++i) to[i] = canonical(A(to_double(values[i])));
+    });
+  }
+
   Buffer<A> owned_;
   const A* data_ = nullptr;
 };

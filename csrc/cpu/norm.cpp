@@ -6,6 +6,7 @@
 // Loops come in three forms, by what follows the affine step (Tail): the common ones are then free of calls.
 #include "activate.h"
 #include "kernels.h"
+#include "parameters.h"
 #include "sums.h"
 
 namespace normkern::cpu::NK_ISA {
@@ -112,10 +113,12 @@ NK_INLINE void put(T* p, Pack<A> v, int64_t n, Stream) {
     store_some(p, v, n);
 }
 
-// What streams has left the caches: the next tile comes while this one goes.
+constexpr int64_t kAheadBytes = 2048;  // the hardware's own fetching ends with a page
+
+// What streams has left the caches: the next tile comes while this one goes, or without tiles what lies a little ahead.
 template <class Stream, class T>
 NK_INLINE void fetch(const T* p, int64_t ahead, Stream) {
-  if constexpr (Stream::value) __builtin_prefetch(p + ahead);
+  if constexpr (Stream::value) __builtin_prefetch(p + (ahead ? ahead : kAheadBytes / int64_t(sizeof(T))));
 }
 
 // ---- what follows the affine step ----
@@ -257,10 +260,12 @@ void map_columns(const Elements<A>& elements, const Columns& c, Center<A> center
       if (a.by_line) {
         const Pack<A> weight = fill(a.weight[line]), bias = fill(a.bias[line]);
         for_packs(y, width, a.stream, [&](int64_t j, int64_t n, auto stream) NK_INLINED {
+          fetch(x + j, 0, stream);
           put(y + j, finish<kTail, T>(a, e + j, n, fma(z(j, n), weight, bias)), n, stream);
         });
       } else {
         for_packs(y, width, a.stream, [&](int64_t j, int64_t n, auto stream) NK_INLINED {
+          fetch(x + j, 0, stream);
           put(y + j, finish<kTail, T>(a, e + j, n, z(j, n)), n, stream);
         });
       }
@@ -521,6 +526,8 @@ void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> cent
       T *dx = static_cast<T*>(a.dx) + e, *dresidual = static_cast<T*>(a.dresidual) + e;
       const Pack<A> weight = fill(a.by_line ? a.weight[line] : A(1)), bias = fill(a.by_line ? a.bias[line] : A(0));
       for_packs(a.dx ? dx : dresidual, width, a.stream, [&](int64_t j, int64_t n, auto stream) NK_INLINED {
+        fetch(x + j, 0, stream);
+        fetch(static_cast<const T*>(a.dy) + e + j, 0, stream);
         const Pack<A> d = load_some<A>(x + j, n) - load_some<A>(center.mean + j, n),
                       scale = load_some<A>(center.scale + j, n);
         Pack<A> dz = dz_again<kTail, T>(a, e + j, e + j - c.first, n, [&]() NK_INLINED {
@@ -547,7 +554,11 @@ constexpr Kernels<A> kKernels = {moments_runs<T, A>,         moments_runs<T, dou
 
 }  // namespace
 
-extern const KernelTable kTable = {kKernels<double, double>, kKernels<float, float>, kKernels<f16, float>,
-                                   kKernels<bf16, float>};
+extern const KernelTable kTable = {kKernels<double, double>,
+                                   kKernels<float, float>,
+                                   kKernels<f16, float>,
+                                   kKernels<bf16, float>,
+                                   read_floats,
+                                   write_doubles};
 
 }  // namespace normkern::cpu::NK_ISA

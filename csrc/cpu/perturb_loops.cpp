@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "lanes.h"
+#include "types.h"
 
 namespace normkern::cpu::NK_ISA {
 namespace {
@@ -17,16 +18,6 @@ constexpr int kSums = 16;  // running sums side by side
 static_assert(kChunk % kSums == 0 && kChunk % kLanes == 0, "chunks are whole");
 
 using Chunk = double[kChunk];
-
-template <class Use>
-NK_INLINE void with_type(DType dtype, Use use) {
-  switch (dtype) {
-    case DType::f32: return use(float());
-    case DType::f64: return use(double());
-    case DType::f16: return use(f16());
-    case DType::bf16: return use(bf16());
-  }
-}
 
 // Zeros behind the last: they add nothing to a sum.
 void read(const void* from, DType dtype, int64_t first, int64_t n, Chunk& to) {
