@@ -7,14 +7,14 @@ a backward that has to be differentiable itself goes through the eager formula.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkern import aten
-from normkern.backends import Backend, eager, select
+from normkern.backends import Backend, MovingBackend, eager, select
 from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Act, Domain, Moments, Problem
 
 _Grads = tuple[Tensor | None, ...]
@@ -39,8 +39,9 @@ class _Normalize(torch.autograd.Function):
         residual: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
+        momentum: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, group_mean, group_var = backend.forward(problem, x, weight, bias, residual, mean, var, True)
+        y, group_mean, group_var = _forward(backend, problem, x, weight, bias, residual, mean, var, True, momentum)
         if problem.moments == Moments.mean_var:
             mean, var = group_mean, group_var
         elif problem.moments == Moments.second:
@@ -58,9 +59,27 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> _Grads:
         if dy is None:
-            return (None,) * 8
+            return (None,) * 9
         got = gradients(ctx.problem, ctx.backend, ctx.needs_input_grad[2:6], dy, ctx.strides, *ctx.saved_tensors)
-        return None, None, *got, None, None
+        return None, None, *got, None, None, None
+
+
+def _forward(
+    backend: Backend,
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    save: bool,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if momentum is None or mean is None or var is None:
+        return backend.forward(problem, x, weight, bias, residual, mean, var, save)
+    moving = cast(MovingBackend, backend)
+    return moving.batch_forward(problem, x, weight, bias, residual, mean, var, momentum)
 
 
 def gradients(
@@ -162,8 +181,10 @@ def normalize(
     mean: Tensor | None,
     var: Tensor | None,
     save: bool,
+    momentum: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the moments of every group if `save`; mean and var are read only where the moments are given."""
+    """y, and the moments of every group if `save`; mean and var are read only where the moments are given. With
+    `momentum` they are running statistics, of which running.move_in_forward has said that the backend moves them."""
     if _transformed() or aten.exporting():
         y, group_mean, group_var = eager.apply(problem, x, weight, bias, residual, mean, var)
         return y, group_mean.detach(), group_var.detach()
@@ -179,8 +200,8 @@ def normalize(
             run = _Normalize.apply
             if residual is x:  # which torch.compile does not accept
                 residual = x.view_as(x)
-        return run(problem, backend, x, weight, bias, residual, mean, var)  # type: ignore[no-any-return]
-    return backend.forward(problem, x, weight, bias, residual, mean, var, save)
+        return run(problem, backend, x, weight, bias, residual, mean, var, momentum)  # type: ignore[no-any-return]
+    return _forward(backend, problem, x, weight, bias, residual, mean, var, save, momentum)
 
 
 class _NormalizeSum(torch.autograd.Function):

@@ -66,18 +66,19 @@ def _normalize(
     mean: Tensor | None = None,
     var: Tensor | None = None,
     save: bool = False,
+    momentum: float | None = None,
     call: tuple[object, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the layout of x, and the moments that were computed, if `save`; `dense` and `problem` are from _fit.
 
-    `call` is what direct.py may recognize the call by next time.
+    mean, var and momentum are as in autograd.normalize. `call` is what direct.py may recognize the call by next time.
     """
     if call is not None and dense is x:
         direct.remember(call, problem)
     weight, bias = _in_memory_order(problem, weight), _in_memory_order(problem, bias)
     if residual is not None:
         residual = autograd.same_buffer(residual, dense)
-    y, mean, var = autograd.normalize(problem, dense, weight, bias, residual, mean, var, save)
+    y, mean, var = autograd.normalize(problem, dense, weight, bias, residual, mean, var, save, momentum)
     if dense is not x:
         y = autograd.same_buffer(y, torch.empty_like(x))
     return y, mean, var
@@ -168,12 +169,15 @@ def batch_norm_moved(
     dense, found = _fit(x, problem.batch, activation, eps, not training)
     if not training:
         return _normalize(x, dense, found, weight, bias, residual, mean, var, call=call)[0], None
-    tracked = running_mean is not None
-    y, batch_mean, batch_var = _normalize(x, dense, found, weight, bias, residual, save=tracked, call=call)
-    only = None
-    if running_mean is not None and running_var is not None:
-        only = _all_finite(batch_mean, batch_var) if skip_nonfinite else None
-        running.update(running_mean, running_var, batch_mean, batch_var, numel // channels, momentum, only)
+    if running_mean is None or running_var is None:
+        return _normalize(x, dense, found, weight, bias, residual, call=call)[0], None
+    may_move = not skip_nonfinite and running.move_in_forward(dense, running_mean, running_var)
+    if may_move and not isinstance(momentum, Tensor):
+        statistics = running_mean, running_var, False, momentum
+        return _normalize(x, dense, found, weight, bias, residual, *statistics, call=call)[0], None
+    y, batch_mean, batch_var = _normalize(x, dense, found, weight, bias, residual, save=True, call=call)
+    only = _all_finite(batch_mean, batch_var) if skip_nonfinite else None
+    running.update(running_mean, running_var, batch_mean, batch_var, numel // channels, momentum, only)
     return y, only
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 from normkern import aten
 from normkern.backends import select
@@ -45,18 +46,10 @@ def update(
         with temporarily_clear_interpreter_stack():
             update(running_mean, running_var, mean, var, count, momentum, only)
         return
-    if (
-        only is None
-        and not isinstance(momentum, Tensor)
-        and running_mean.is_contiguous()
-        and running_var.is_contiguous()
-        and not torch._C._are_functorch_transforms_active()
-        and not aten.exporting()
-    ):
+    if only is None and not isinstance(momentum, Tensor) and _fit_for_kernels(running_mean, running_var):
         backend = select(running_mean)
-        if isinstance(backend, Native) and backend.update_running(
-            running_mean, running_var, mean, var, count, momentum
-        ):
+        if isinstance(backend, Native):
+            backend.update_running(running_mean, running_var, mean, var, count, momentum)
             return
     channels = running_mean.shape[0]
     if mean.shape[0] != channels:
@@ -66,6 +59,24 @@ def update(
     next_var = _moved(running_var, var * (count / (count - 1)), momentum, only)
     running_mean.copy_(next_mean)
     running_var.copy_(next_var)
+
+
+def move_in_forward(x: Tensor, running_mean: Tensor, running_var: Tensor) -> bool:
+    """Whether the backend of x moves them itself in the forward pass of a batch norm, as `update` would."""
+    return (
+        _fit_for_kernels(running_mean, running_var)
+        and forward_ad._current_level < 0
+        and hasattr(select(x), "batch_forward")
+    )
+
+
+def _fit_for_kernels(running_mean: Tensor, running_var: Tensor) -> bool:
+    return (
+        running_mean.is_contiguous()
+        and running_var.is_contiguous()
+        and not torch._C._are_functorch_transforms_active()
+        and not aten.exporting()
+    )
 
 
 def _wrapped(t: Tensor) -> bool:

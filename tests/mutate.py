@@ -55,6 +55,7 @@ OPERATORS = (
     ("everyone leads", r"seat\.(leads|first_lane)\(\) && ", ""),
     # Not the loops over the elements of one access: those are registers, and the compiler sees their end itself.
     ("bound off by one", r"(?<=[\w\])]) < (?=[\w(])(?!(?:V|kPiece|kWidth|access\.value|2);)", " <= "),
+    ("statistics stay", r"if \(running\.mean\.data\) move_channel\(.*\);", ";"),
     ("no tail", r"if \((\w+\.n) == V\)", r"if (\1 > 0)"),
     ("no guard", r"if \((\w+\.n) > 0\)", "if (true)"),
 )
@@ -229,7 +230,9 @@ def run_cases() -> int:
         return normkern.group_norm(x, 1, w, b)
 
     def batch(x, w, b):  # type: ignore[no-untyped-def]
-        return normkern.batch_norm(x, None, None, w, b, training=True)
+        running = torch.linspace(-1, 1, x.shape[1]), torch.ones(x.shape[1])
+        y = normkern.batch_norm(x, *running, w, b, training=True, momentum=0.5)
+        return y + sum(running).view(1, -1, 1, 1).to(y.dtype)
 
     def layer(x, w, b):  # type: ignore[no-untyped-def]
         return normkern.layer_norm(x, (x.shape[-1],), w, b)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 
 import normkern
 import normkern.nn
@@ -324,6 +326,59 @@ def test_opcheck_of_running_statistics(dtype: torch.dtype) -> None:
         want_mean = 0.75 * 0 + momentum * batch_mean.view(-1, 6).mean(0)
         want_var = 0.75 * 1 + momentum * batch_var.view(-1, 6).mean(0) * (count / (count - 1))
         torch.testing.assert_close((mean, var), (want_mean.to(dtype), want_var.to(dtype)))
+
+
+def batch_call(layout: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    x = in_layout((3, 6, 3, 4), layout).to(dtype)
+    p = problem.batch(x.shape, x.stride(), Act.relu)
+    assert p is not None
+    vectors = torch.linspace(0.5, 2, 6), torch.zeros(6, dtype=dtype), x.clone(), torch.zeros(6), torch.ones(6)
+    return x, *vectors, list(p.stats.sizes), int(p.act), p.eps, 0.25
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck_of_batch_forward(layout: str, dtype: torch.dtype) -> None:
+    """And the bits are those of forward, then update_running."""
+    done = torch.library.opcheck(torch.ops.normkern.batch_forward.default, batch_call(layout, dtype))
+    assert set(done.values()) == {"SUCCESS"}, done
+    assert len(done) == 4
+    x, weight, bias, residual, mean, var, sizes, act, eps, momentum = batch_call(layout, dtype)
+    want = torch.ops.normkern.forward(x, weight, bias, residual, None, None, sizes, sizes, 0, act, eps, True)
+    moved = mean.clone(), var.clone()
+    torch.ops.normkern.update_running(*moved, *want[1:], x.numel() // 6, momentum)
+    got = torch.ops.normkern.batch_forward(x, weight, bias, residual, mean, var, sizes, act, eps, momentum)
+    for one, two in zip((*got, mean, var), (*want, *moved), strict=True):
+        assert torch.equal(one, two)
+        assert one.stride() == two.stride()
+    assert not torch.equal(mean, torch.zeros(6))
+
+
+@needs_native
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_training_is_one_operator(dynamic: bool) -> None:
+    """The statistics move in the graph's one call of batch norm, and its gradients are those of eager mode."""
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    modules = [normkern.nn.BatchNorm2d(6, act="silu") for _ in range(2)]
+    run = torch.compile(modules[0], backend=aot_autograd(fw_compiler=keep), fullgraph=True, dynamic=dynamic)
+    for n in (3, 4):
+        results = []
+        for module, function in zip(modules, (run, modules[1]), strict=True):
+            x = torch.randn(image(n, 5), generator=torch.Generator().manual_seed(n)).requires_grad_()
+            y = function(x)
+            y.backward(torch.cos(y.detach()))
+            results.append([y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got, want)
+    forwards = [code for code in graphs if "batch_forward" in code]
+    assert forwards
+    assert not any("update_running" in code for code in graphs)
 
 
 @needs_native

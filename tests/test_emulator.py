@@ -76,6 +76,9 @@ def every_result(backend: EmulatedBackend, name: str) -> tuple[torch.Tensor, ...
     weight = torch.linspace(0.5, 2, problem.affine.groups)
     y, mean, var = backend.forward(problem, x, weight, weight, None, None, None, True)
     results = (y, mean, var, *backend.backward(problem, dy, x, weight, weight, None, mean, var, 7)[:3])
+    if name == "batch":
+        running = torch.zeros(5), torch.ones(5)
+        results += (*backend.batch_forward(problem, x, weight, weight, None, *running, 0.3), *running)
     if name in ("layer", "group last"):
         y, total, mean, var = backend.add_forward(problem, x, dy, weight, weight, True)
         results += (y, total, *backend.add_backward(problem, dy, x, total, weight, weight, mean, var, 7))
@@ -170,6 +173,28 @@ def test_update_running(dtype: torch.dtype, batches: int) -> None:
     for got, expected in zip(running, want, strict=True):
         # One rounding from float64, whose own sums may differ in their last place.
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-14 if dtype == torch.float64 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_running_statistics_move_in_the_launch(strategy: str, last: bool, dtype: torch.dtype) -> None:
+    """Of groups in one part and in several, with the bits of a launch that only moves them; not finite ones alone."""
+    for n, channels, positions, gpu in ((3, 5, 41, TINY), (4, 10, 600, MEDIUM)):
+        problem = batch_problem(n * positions, channels, 1) if last else batch_problem(n, channels, positions)
+        x = torch.randn(problem.stats.numel, generator=torch.Generator().manual_seed(3)).to(dtype) + 2
+        x[0] = float("inf")
+        residual, weight = torch.cos(x.double()).nan_to_num().to(dtype), torch.linspace(0.5, 2, channels)
+        running = torch.linspace(-1, 1, channels).bfloat16(), torch.linspace(0.5, 2, channels)
+        want_running = [t.clone() for t in running]
+        backend = EmulatedBackend("checked", gpu=gpu, strategy=strategy)
+        want = backend.forward(problem, x, weight, None, residual, None, None, True)
+        backend.update_running(*want_running, *want[1:], problem.stats.count, 0.3)
+        got = backend.batch_forward(problem, x, weight, None, residual, *running, 0.3)
+        for one, two in zip((*got, *running), (*want, *want_running), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+        assert not running[1][0].isfinite()
+        assert running[1][1:].isfinite().all()
 
 
 def test_finds_name_kernel_and_line() -> None:

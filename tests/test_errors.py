@@ -382,6 +382,31 @@ def test_update_running_guards_memory(name: str) -> None:
         assert torch.equal(t, was)  # type: ignore[arg-type]
 
 
+BATCH_CALLS = {
+    "channels": {"running_var": torch.ones(7)},
+    "extents": {"channels": [1, 4, 7, 4]},
+    "integers": {"running_mean": W6.long()},
+    "strided": {"running_mean": torch.zeros(12)[::2]},
+    "one value": {"x": torch.ones(1, 6), "channels": [1, 1, 6, 1]},
+    "residual": {"residual": torch.ones(4, 6)},
+    "weight": {"weight": torch.ones(5)},
+    "act": {"act": 9},
+}
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.normkern, "batch_forward"), reason="the compiled library is not there")
+@pytest.mark.parametrize("name", BATCH_CALLS)
+def test_batch_forward_guards_memory(name: str) -> None:
+    arguments = {"x": torch.randn(4, 6, 4), "weight": None, "bias": None, "residual": None, "act": 0, "eps": 1e-5}
+    arguments |= {"running_mean": torch.zeros(6), "running_var": torch.ones(6), "channels": [1, 4, 6, 4]}
+    arguments |= {"momentum": 0.1, **BATCH_CALLS[name]}
+    before = {k: t.clone() for k, t in arguments.items() if isinstance(t, torch.Tensor)}
+    with pytest.raises(RuntimeError, match="normkern: "):
+        torch.ops.normkern.batch_forward(**arguments)
+    for k, was in before.items():
+        assert torch.equal(arguments[k], was), k  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("op", ["batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm"])
 def test_signature_is_torchs(op: str) -> None:
     """Names, order and defaults; our extras are keyword-only."""

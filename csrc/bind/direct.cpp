@@ -150,16 +150,14 @@ PyObject* forward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
   a.bias = operands.param(in[kBias], "bias", p.affine.groups());
   a.residual = operands.data_of_buffer(in[kResidual], "residual");
   const bool given = p.moments == Moments::given, moves = !given && in[kMean] != Py_None;
-  RunningArgs r;
   if (moves) {
-    r.channels = p.affine.groups();
-    r.batch = p.stats.groups() / r.channels;
-    const Param mean = operands.param(in[kMean], "mean", r.channels), var = operands.param(in[kVar], "var", r.channels);
-    r.mean = {const_cast<void*>(mean.data), mean.dtype};
-    r.var = {const_cast<void*>(var.data), var.dtype};
-    r.count = double(p.stats.count());
-    r.momentum = PyFloat_AsDouble(in[kSlots + 1]);
-    if (!operands.failed() && (PyErr_Occurred() || !r.var.data || r.count < 2 || p.moments != Moments::mean_var))
+    const int64_t channels = p.affine.groups();
+    const Param mean = operands.param(in[kMean], "mean", channels), var = operands.param(in[kVar], "var", channels);
+    a.running = {{const_cast<void*>(mean.data), mean.dtype},
+                 {const_cast<void*>(var.data), var.dtype},
+                 double(p.stats.count()),
+                 PyFloat_AsDouble(in[kSlots + 1])};
+    if (!operands.failed() && (PyErr_Occurred() || !var.data || p.stats.count() < 2 || p.moments != Moments::mean_var))
       return PyErr_Occurred() ? nullptr : (PyErr_SetString(PyExc_ValueError, "normkern: nothing to move"), nullptr);
   } else if (given) {
     a.mean = operands.param(in[kMean], "mean", p.stats.groups());
@@ -187,11 +185,7 @@ PyObject* forward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
   a.y = operands.data_of_buffer(y, "y");
   if (!a.y) return Py_DECREF(y), nullptr;
   unlocked(p, [&] { cpu::forward(p, a, threads()); });
-  if (moves) {
-    r.batch_mean = a.mean_out;
-    r.batch_var = a.var_out;
-    cpu::update_running(r);
-  }
+  cpu::move_running(p, a);
   return y;
 }
 

@@ -7,7 +7,10 @@ namespace normkern::bind {
 namespace {
 
 struct Cpu {
-  static void run(const Problem& p, const ForwardArgs& a, const Tensor&) { cpu::forward(p, a, torch_threads()); }
+  static void run(const Problem& p, const ForwardArgs& a, const Tensor&) {
+    cpu::forward(p, a, torch_threads());
+    cpu::move_running(p, a);
+  }
   static void run(const Problem& p, const BackwardArgs& a, const Tensor&) { cpu::backward(p, a, torch_threads()); }
   static void run(const Problem& p, const MomentsArgs& a, const Tensor&) { cpu::moments(p, a, torch_threads()); }
   static void run(const RunningArgs& a, const Tensor&) { cpu::update_running(a); }
@@ -45,6 +48,10 @@ STABLE_TORCH_LIBRARY(normkern, library) {
       "add_backward(Tensor dy, Tensor dtotal, Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
       "SymInt[] stats, SymInt[] affine, int moments, float eps, int needs) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+  library.def(
+      "batch_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!) running_mean, "
+      "Tensor(b!) running_var, SymInt[] channels, int act, float eps, float momentum) "
+      "-> (Tensor y, Tensor mean, Tensor var)");
   library.def("moments(Tensor x, SymInt[] stats, int moments) -> (Tensor mean, Tensor var)");
   library.def(
       "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, SymInt count, "

@@ -173,6 +173,29 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   return run_forward<Device>(p, a, x, weight, bias, save);
 }
 
+inline Running running_of(const Tensor& mean, const Tensor& var, const Tensor& x, int64_t channels, int64_t count,
+                          double momentum) {
+  STD_TORCH_CHECK(count > 1, "normkern: count must be at least 2; got ", count);
+  const auto vector = [&](const Tensor& t, const char* name) {
+    const DType dtype = param_of(t, x, channels, name).dtype;
+    return Grad{t.mutable_data_ptr(), dtype};
+  };
+  return {vector(mean, "running_mean"), vector(var, "running_var"), double(count), momentum};
+}
+
+// The forward pass of a batch norm, every group of which is a channel, moves its running statistics too.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> batch_forward(const Tensor& x, const OptionalTensor& weight,
+                                                 const OptionalTensor& bias, const OptionalTensor& residual,
+                                                 Tensor running_mean, Tensor running_var, const Extents& channels,
+                                                 int64_t act, double eps, double momentum) {
+  const Problem p = problem_of(x, channels, channels, int64_t(Moments::mean_var), act, eps);
+  ForwardArgs a;
+  a.residual = same_buffer(residual, x, "residual");
+  a.running = running_of(running_mean, running_var, x, p.stats.groups(), p.stats.count(), momentum);
+  return run_forward<Device>(p, a, x, weight, bias, true);
+}
+
 // The norm of x + add, and that sum, second.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& add, const OptionalTensor& weight,
@@ -264,12 +287,6 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Extents& stats, int64_
 template <class Device>
 void update_running(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var, int64_t count,
                     double momentum) {
-  const auto running = [&](const Tensor& t, const char* name) {
-    check_same_device(t, running_mean, name);
-    STD_TORCH_CHECK(t.numel() == running_mean.numel() && t.is_contiguous(), "normkern: ", name,
-                    " must be contiguous with ", running_mean.numel(), " elements; got ", t.numel());
-    return Grad{t.mutable_data_ptr(), dtype_of(t, name)};
-  };
   const auto moments = [&](const Tensor& t, const char* name) {
     check_same_device(t, running_mean, name);
     STD_TORCH_CHECK(torch_dtype(t) == aoti_torch_dtype_float64() && t.is_contiguous() && t.numel() == mean.numel(),
@@ -279,22 +296,19 @@ void update_running(Tensor running_mean, Tensor running_var, const Tensor& mean,
   const int64_t channels = running_mean.numel();
   STD_TORCH_CHECK(channels > 0 && mean.numel() > 0 && mean.numel() % channels == 0,
                   "normkern: mean must hold batches of ", channels, " channels; got ", mean.numel(), " elements");
-  STD_TORCH_CHECK(count > 1, "normkern: count must be at least 2; got ", count);
   RunningArgs a;
-  a.mean = running(running_mean, "running_mean");
-  a.var = running(running_var, "running_var");
+  a.running = running_of(running_mean, running_var, running_mean, channels, count, momentum);
   a.batch_mean = moments(mean, "mean");
   a.batch_var = moments(var, "var");
   a.batch = mean.numel() / channels;
   a.channels = channels;
-  a.count = double(count);
-  a.momentum = momentum;
   Device::run(a, running_mean);
 }
 
 template <class Device>
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("forward", TORCH_BOX(&forward<Device>));
+  library.impl("batch_forward", TORCH_BOX(&batch_forward<Device>));
   library.impl("backward", TORCH_BOX(&backward<Device>));
   library.impl("moments", TORCH_BOX(&moments<Device>));
   library.impl("add_forward", TORCH_BOX(&add_forward<Device>));

@@ -18,6 +18,21 @@ struct Grad {
   DType dtype = DType::f32;
 };
 
+// Running statistics: running = (1 - momentum) * running + momentum * moment, where a variance counts as
+// count / (count - 1) times itself.
+struct Running {
+  Grad mean, var;                                  // [channels], read and written; null if nothing moves
+  double keep = 1, mean_share = 0, var_share = 0;  // of the old value, of a mean, of a biased variance
+
+  Running() = default;
+  // `count` elements are behind each moment.
+  constexpr Running(const Grad& mean, const Grad& var, double count, double momentum)
+      : mean(mean), var(var), keep(1 - momentum), mean_share(momentum), var_share(momentum * (count / (count - 1))) {}
+
+  constexpr double next_mean(double old, double batch_mean) const { return batch_mean * mean_share + old * keep; }
+  constexpr double next_var(double old, double batch_var) const { return batch_var * var_share + old * keep; }
+};
+
 // y = act((x - mean) / sqrt(var + eps) * weight + bias + residual). With `add`, which given moments exclude, x + add
 // rounded to the dtype of x takes the place of x, and `total` gets it.
 struct ForwardArgs {
@@ -30,6 +45,7 @@ struct ForwardArgs {
   void* total = nullptr;           // [numel], if `add`
   double* mean_out = nullptr;      // [stats.groups()], mean_var only
   double* var_out = nullptr;       // [stats.groups()], biased variance, or the second moment
+  Running running;                 // mean_var only; on CUDA every statistics group must be a channel
 };
 
 // dx is the gradient that comes through y, plus `dtotal`, which reached x past the norm.
@@ -51,14 +67,12 @@ struct MomentsArgs {
   double* var_out = nullptr;   // [stats.groups()]
 };
 
-// running = (1 - momentum) * running + momentum * moment; a variance counts as count / (count - 1) times itself.
+// Moves running statistics by moments that are there already.
 struct RunningArgs {
-  Grad mean, var;                      // [channels], read and written
+  Running running;
   const double* batch_mean = nullptr;  // [batch * channels]; of several batches the average counts
   const double* batch_var = nullptr;   // [batch * channels], biased
   int64_t batch = 1, channels = 0;
-  double count = 0;  // elements behind each moment
-  double momentum = 0;
 };
 
 }  // namespace normkern

@@ -17,6 +17,8 @@ void forward(const Problem& p, const ForwardArgs& a, const Threads& threads, int
 void backward(const Problem& p, const BackwardArgs& a, const Threads& threads, int64_t written = 0);
 void moments(const Problem& p, const MomentsArgs& a, const Threads& threads);
 void update_running(const RunningArgs& a);
+// What forward's arguments say of running statistics, by the moments that forward has written.
+void move_running(const Problem& p, const ForwardArgs& a);
 
 // "baseline", "avx2" or "avx512" (x86-64), "neon" (aarch64): chosen at load, or by NORMKERN_CPU.
 const char* instruction_set();

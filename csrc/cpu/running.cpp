@@ -4,13 +4,14 @@
 namespace normkern::cpu {
 namespace {
 
-void move(const Grad& running, const double* moments, const RunningArgs& a, double take) {
+template <class Next>
+void move(const Grad& running, const double* moments, const RunningArgs& a, Next next) {
   with_type(running.dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(running.data);
     for (int64_t c = 0; c < a.channels; ++c) {
       double sum = 0;
       for (int64_t b = 0; b < a.batch; ++b) sum += moments[b * a.channels + c];
-      from_double(sum / double(a.batch) * take + to_double(to[c]) * (1 - a.momentum), to[c]);
+      from_double(next(to_double(to[c]), sum / double(a.batch)), to[c]);
     }
   });
 }
@@ -19,8 +20,15 @@ void move(const Grad& running, const double* moments, const RunningArgs& a, doub
 
 // A handful of channels: one thread is faster than waking others.
 void update_running(const RunningArgs& a) {
-  move(a.mean, a.batch_mean, a, a.momentum);
-  move(a.var, a.batch_var, a, a.momentum * (a.count / (a.count - 1)));
+  const Running& r = a.running;
+  move(r.mean, a.batch_mean, a, [&](double old, double mean) { return r.next_mean(old, mean); });
+  move(r.var, a.batch_var, a, [&](double old, double var) { return r.next_var(old, var); });
+}
+
+void move_running(const Problem& p, const ForwardArgs& a) {
+  if (!a.running.mean.data) return;
+  const int64_t channels = p.affine.groups();
+  update_running({a.running, a.mean_out, a.var_out, p.stats.groups() / channels, channels});
 }
 
 }  // namespace normkern::cpu

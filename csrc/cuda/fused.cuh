@@ -57,7 +57,7 @@ struct FusedForward {
   Affine<T> affine;
   double eps;
   bool second;
-  double *mean_out, *var_out;
+  MomentOutputs outputs;
 
   // What is normalized.
   NK_DEVICE T element(int64_t e) const { return add ? rounded_sum(x[e], add[e]) : x[e]; }
@@ -138,14 +138,14 @@ NK_DEVICE void forward_units(const FusedForward<T, V>& f, unsigned char* memory)
       total = seat.sum({double(sum[0]) + double(shift[0]) * elements, double(squares[0])});
     }
     Normalizer<A> normalizer[N];
+    const auto finish = [&](int i, double mean, double var) {
+      normalizer[i] = Normalizer<A>::of(mean, var, f.eps);
+      if (i < own.n && (C ? seat.first_lane() && seat.begins_group(own.e + i) : seat.leads()))
+        f.outputs.put(seat.group(s) + (C ? seat.group_of(own.e + i) : 0), mean, var);
+    };
     if (f.second) {
       NK_UNROLL
-      for (int i = 0; i < N; ++i) {
-        const double var = total_of(i).second / count;
-        normalizer[i] = Normalizer<A>::of(0, var, f.eps);
-        if (f.var_out && i < own.n && (C ? seat.first_lane() && seat.begins_group(own.e + i) : seat.leads()))
-          f.var_out[seat.group(s) + (C ? seat.group_of(own.e + i) : 0)] = var;
-      }
+      for (int i = 0; i < N; ++i) finish(i, 0, total_of(i).second / count);
     } else {
       // Once more around a mean that is nearly right: exact sums for the mean's last digits and for the variance.
       NK_UNROLL
@@ -163,14 +163,8 @@ NK_DEVICE void forward_units(const FusedForward<T, V>& f, unsigned char* memory)
       for (int i = 0; i < N; ++i) {
         const Sums centred = total_of(i);
         const double off = centred.first / count, exact = double(mean[i]) + (double(rest[i]) + off);
-        double var = centred.second / count - off * off;
-        var = var < 0 ? 0 : var;  // NaN stays
-        normalizer[i] = Normalizer<A>::of(exact, var, f.eps);
-        if (i < own.n && (C ? seat.first_lane() && seat.begins_group(own.e + i) : seat.leads())) {
-          const int64_t group = seat.group(s) + (C ? seat.group_of(own.e + i) : 0);
-          if (f.mean_out) f.mean_out[group] = exact;
-          if (f.var_out) f.var_out[group] = var;
-        }
+        const double var = centred.second / count - off * off;
+        finish(i, exact, var < 0 ? 0 : var);  // NaN stays
       }
     }
     if (!f.y) continue;

@@ -157,8 +157,7 @@ class Launcher {
                                affine,
                                p_.eps,
                                p_.moments == Moments::second,
-                               a.mean_out,
-                               a.var_out};
+                               {a.mean_out, a.var_out, a.running}};
     return launch_fused(fused_forward<T, V, false>, fused_forward<T, V, true>, f);
   }
 
@@ -228,8 +227,7 @@ class Launcher {
                              static_cast<T*>(a.total),
                              p_.moments == Moments::second,
                              p_.eps,
-                             a.mean_out,
-                             a.var_out,
+                             {a.mean_out, a.var_out, a.running},
                              arrays};
     return reduce(plan_.reduce, p_.stats, op, layout_.reduce);
   }

@@ -32,6 +32,18 @@ struct MomentArrays {
   }
 };
 
+// What a forward pass leaves of the moments. One thread of the grid puts those of a group, once.
+struct MomentOutputs {
+  double *mean = nullptr, *var = nullptr;  // [stats.groups()]; either may be null
+  Running running;                         // where every group is a channel
+
+  NK_DEVICE void put(int64_t group, double group_mean, double group_var) const {
+    if (mean) mean[group] = group_mean;
+    if (var) var[group] = group_var;
+    if (running.mean.data) move_channel(running, group, group_mean, group_var);
+  }
+};
+
 // Averages of g and g*xhat, [stats.groups()] each; g is null for a second moment, both for given moments.
 template <class A>
 struct AverageArrays {

@@ -24,7 +24,7 @@ struct MomentsOf {
   T* total;
   bool second;
   double eps;
-  double *mean_out, *var_out;
+  MomentOutputs outputs;
   MomentArrays<A> arrays;
 
   // Every element is loaded once, so this is also where the sum is stored.
@@ -89,8 +89,7 @@ struct MomentsOf {
 
   NK_DEVICE void finish(int64_t group, const Result& r) const {
     const double mean = second ? 0 : r.mean, var = r.m2 / r.count;
-    if (mean_out) mean_out[group] = mean;
-    if (var_out) var_out[group] = var;
+    outputs.put(group, mean, var);
     arrays.put(group, Normalizer<A>::of(mean, var, eps));
   }
 };

@@ -16,11 +16,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) move_running(const RunningArgs
     mean += a.batch_mean[b * a.channels + channel];
     var += a.batch_var[b * a.channels + channel];
   }
-  const double batches = double(a.batch), unbiased = a.count / (a.count - 1), keep = 1 - a.momentum;
-  const double old_mean = read<double>(Param{a.mean.data, a.mean.dtype}, channel);
-  const double old_var = read<double>(Param{a.var.data, a.var.dtype}, channel);
-  write(a.mean, channel, keep * old_mean + a.momentum * (mean / batches));
-  write(a.var, channel, keep * old_var + a.momentum * (var / batches * unbiased));
+  move_channel(a.running, channel, mean / double(a.batch), var / double(a.batch));
 }
 
 }  // namespace

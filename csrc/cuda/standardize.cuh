@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kStandardizeThreads, 4) standardize_forward(co
   f.teams = teams_of<T>(of.lines, batch.starts[index], 1);
   f.affine.weight = {of.lines.weight, of.lines.weight_type};
   f.eps = batch.eps;
-  f.mean_out = batch.mean ? batch.mean + of.lines.first : nullptr;
-  f.var_out = batch.var ? batch.var + of.lines.first : nullptr;
+  f.outputs.mean = batch.mean ? batch.mean + of.lines.first : nullptr;
+  f.outputs.var = batch.var ? batch.var + of.lines.first : nullptr;
   forward_units<false>(f, memory);
 }
 

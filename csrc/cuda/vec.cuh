@@ -136,6 +136,13 @@ NK_DEVICE void write(const Grad& g, int64_t i, double value) {
   }
 }
 
+// Moves the running statistics of one channel.
+NK_DEVICE void move_channel(const Running& r, int64_t channel, double mean, double var) {
+  const auto old = [channel](const Grad& of) { return read<double>(Param{of.data, of.dtype}, channel); };
+  write(r.mean, channel, r.next_mean(old(r.mean), mean));
+  write(r.var, channel, r.next_var(old(r.var), var));
+}
+
 // out[i] = the value of the group of element i of the chunk; anything for i >= n.
 template <int V, class P, class A>
 NK_DEVICE void gather(const P* values, const Indexer& indexer, Cursor at, int n, A (&out)[V]) {

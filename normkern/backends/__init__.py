@@ -84,6 +84,24 @@ class Backend(Protocol):
         """mean and biased variance, or the second moment, over problem.stats."""
 
 
+class MovingBackend(Backend, Protocol):
+    """A backend that moves running statistics in the forward pass of a batch norm."""
+
+    def batch_forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, mean and var. Every group is a channel of more than one element, and the running statistics, contiguous,
+        move as in running.update."""
+
+
 BACKENDS: dict[str, Backend] = {"native": Native(), "triton": Triton(), "eager": Eager()}
 
 

@@ -50,7 +50,7 @@ class Native:
 
     def __init__(self) -> None:
         self.cpu_why_not = _load("_C_cpu.so", _REBUILD)
-        newest = hasattr(torch.ops.normkern, "add_forward") and hasattr(torch.ops.normkern, "standardize")
+        newest = hasattr(torch.ops.normkern, "batch_forward") and hasattr(torch.ops.normkern, "standardize")
         if self.cpu_why_not is None and not newest:
             self.cpu_why_not = f"_C_cpu.so is of an older version; {_REBUILD}"
         # The operators' schemas are in the CPU library.
@@ -61,6 +61,7 @@ class Native:
             _register_fakes()
             # Looking an operator up costs more than calling it.
             self._forward = torch.ops.normkern.forward.default
+            self._batch_forward = torch.ops.normkern.batch_forward.default
             self._backward = torch.ops.normkern.backward.default
             self._add_forward = torch.ops.normkern.add_forward.default
             self._add_backward = torch.ops.normkern.add_backward.default
@@ -72,7 +73,8 @@ class Native:
             self._standardize = torch.ops.normkern.standardize.default
             self._standardize_backward = torch.ops.normkern.standardize_backward.default
         has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
-        self._updates_on_cuda = self.cuda_why_not is None and has_kernel("normkern::update_running", "CUDA")
+        if self.cuda_why_not is None and not has_kernel("normkern::batch_forward", "CUDA"):
+            self.cuda_why_not = f"_C_cuda.so is of an older version; {_REBUILD} and NORMKERN_CUDA=1"
         self._standardizes_on_cuda = self.cuda_why_not is None and has_kernel("normkern::standardize", "CUDA")
 
     def why_not(self, x: Tensor) -> str | None:
@@ -107,6 +109,24 @@ class Native:
             problem.eps,
             save,
         )
+        return y, mean, var
+
+    def batch_forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        channels, act = _extents(problem.stats), int(problem.act)
+        y, mean, var = self._batch_forward(
+            x, weight, bias, residual, running_mean, running_var, channels, act, problem.eps, momentum
+        )
+        _written(running_mean, running_var)
         return y, mean, var
 
     def backward(
@@ -171,15 +191,10 @@ class Native:
 
     def update_running(
         self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
-    ) -> bool:
-        """Move running statistics in one operator; False: this device has none."""
-        if running_mean.is_cuda and not self._updates_on_cuda:
-            return False
+    ) -> None:
+        """Move running statistics in one operator."""
         self._update_running(running_mean, running_var, mean, var, count, momentum)
-        if not torch.compiler.is_compiling():
-            # An operator of the stable ABI has no kernel that would do this for autograd.
-            torch.autograd.graph.increment_version((running_mean, running_var))
-        return True
+        _written(running_mean, running_var)
 
     def evolves(self, x: Tensor) -> bool:
         """Whether there are kernels for the maps of evolved.py: on the CPU only, as yet."""
@@ -217,14 +232,20 @@ class Native:
         return self._standardize_backward(dys, xs, weights, mean, var, eps, needs)  # type: ignore[no-any-return]
 
 
+def _written(*tensors: Tensor) -> None:
+    """An operator of the stable ABI has no kernel that would count this for autograd."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
 def _extents(domain: Domain) -> list[int]:
     return [domain.batch, domain.rows, domain.keep, domain.cols]
 
 
 def _register_fakes() -> None:
     register: Callable[[str], Callable[[Callable[..., object]], object]] = torch.library.register_fake
-    for fake in (fakes.forward, fakes.backward, fakes.add_forward, fakes.add_backward, fakes.moments):
-        register(f"normkern::{fake.__name__}")(fake)
+    for name in ("forward", "backward", "add_forward", "add_backward", "batch_forward", "moments"):
+        register(f"normkern::{name}")(getattr(fakes, name))
 
     @register("normkern::update_running")
     def update_running(

@@ -136,7 +136,7 @@ NK_API int nk_sizes(int64_t* sizes, int room) {
   const int64_t all[] = {sizeof(Domain),      sizeof(Problem),      sizeof(Param),       sizeof(Grad),
                          sizeof(ForwardArgs), sizeof(BackwardArgs), sizeof(MomentsArgs), sizeof(Gpu),
                          sizeof(Request),     sizeof(Launch),       sizeof(Reduce),      sizeof(Team),
-                         sizeof(Plan),        sizeof(RunningArgs)};
+                         sizeof(Plan),        sizeof(Running),      sizeof(RunningArgs)};
   const int count = int(sizeof all / sizeof all[0]);
   for (int i = 0; i < count && i < room; ++i) sizes[i] = all[i];
   return count;
@@ -157,6 +157,8 @@ NK_API int nk_forward(const Problem* p, const Request* request, const Gpu* gpu, 
   buffers.out(a->total, numel, size, "total");
   buffers.out(a->mean_out, groups, sizeof(double), "mean_out");
   buffers.out(a->var_out, groups, sizeof(double), "var_out");
+  buffers.changed(a->running.mean, channels, "running_mean");
+  buffers.changed(a->running.var, channels, "running_var");
   return run(*p, *request, *gpu, Pass::forward, *a, buffers, plan, cuda::forward);
 }
 
@@ -194,8 +196,8 @@ NK_API int nk_update_running(const RunningArgs* a) {
   Buffers buffers;
   buffers.in(a->batch_mean, moments, size, "batch_mean");
   buffers.in(a->batch_var, moments, size, "batch_var");
-  buffers.changed(a->mean, channels, "running_mean");
-  buffers.changed(a->var, channels, "running_var");
+  buffers.changed(a->running.mean, channels, "running_mean");
+  buffers.changed(a->running.var, channels, "running_var");
   try {
     return cuda::update_running(*a, nullptr);
   } catch (const std::exception& error) {

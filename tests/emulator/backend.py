@@ -71,6 +71,20 @@ class CVector(Struct):
     _fields_: ClassVar[Fields] = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
 
 
+class CRunning(Struct):
+    _fields_: ClassVar[Fields] = [
+        ("mean", CVector),
+        ("var", CVector),
+        ("keep", ctypes.c_double),
+        ("mean_share", ctypes.c_double),
+        ("var_share", ctypes.c_double),
+    ]
+
+    @classmethod
+    def of(cls, mean: Tensor, var: Tensor, count: int, momentum: float) -> CRunning:
+        return cls(_vector(mean), _vector(var), 1 - momentum, momentum, momentum * (count / (count - 1)))
+
+
 class CForwardArgs(Struct):
     _fields_: ClassVar[Fields] = [
         ("x", ctypes.c_void_p),
@@ -84,6 +98,7 @@ class CForwardArgs(Struct):
         ("total", ctypes.c_void_p),
         ("mean_out", ctypes.c_void_p),
         ("var_out", ctypes.c_void_p),
+        ("running", CRunning),
     ]
 
 
@@ -110,14 +125,11 @@ class CMomentsArgs(Struct):
 
 class CRunningArgs(Struct):
     _fields_: ClassVar[Fields] = [
-        ("mean", CVector),
-        ("var", CVector),
+        ("running", CRunning),
         ("batch_mean", ctypes.c_void_p),
         ("batch_var", ctypes.c_void_p),
         ("batch", ctypes.c_int64),
         ("channels", ctypes.c_int64),
-        ("count", ctypes.c_double),
-        ("momentum", ctypes.c_double),
     ]
 
 
@@ -193,7 +205,7 @@ class Plan(Struct):
 # In the order of nk_sizes().
 MIRRORS = [
     CDomain, CProblem, CVector, CVector, CForwardArgs, CBackwardArgs, CMomentsArgs, Gpu, CRequest, Launch, Reduce, Team,
-    Plan, CRunningArgs,
+    Plan, CRunning, CRunningArgs,
 ]  # fmt: skip
 
 H200 = Gpu(132, 232448, 233472, 60 << 20, 16)
@@ -326,6 +338,22 @@ class EmulatedBackend:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return self._forward(problem, x, None, None, weight, bias, residual, mean, var, save)
 
+    def batch_forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        running = CRunning.of(running_mean, running_var, problem.stats.count, momentum)
+        got = self._forward(problem, x, None, None, weight, bias, residual, None, None, True, running)
+        torch.autograd.graph.increment_version((running_mean, running_var))
+        return got
+
     def add_forward(
         self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -345,12 +373,13 @@ class EmulatedBackend:
         mean: Tensor | None,
         var: Tensor | None,
         save: bool,
+        running: CRunning | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y = _poisoned(x)
         mean_out, var_out = self._moment_outputs(problem, save)
         args = CForwardArgs(
             _pointer(x), _pointer(add), _vector(weight), _vector(bias), _pointer(residual), _vector(mean), _vector(var),
-            _pointer(y), _pointer(total), _pointer(mean_out), _pointer(var_out),
+            _pointer(y), _pointer(total), _pointer(mean_out), _pointer(var_out), running or CRunning(),
         )  # fmt: skip
         self._run("nk_forward", problem, x, args, [x, add, residual, y, total], add=add is not None)
         return y, mean_out, var_out
@@ -423,15 +452,12 @@ class EmulatedBackend:
 
     def update_running(
         self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
-    ) -> bool:
+    ) -> None:
         channels = running_mean.numel()
-        args = CRunningArgs(
-            _vector(running_mean), _vector(running_var), _pointer(mean), _pointer(var),
-            mean.numel() // channels, channels, count, momentum,
-        )  # fmt: skip
+        running = CRunning.of(running_mean, running_var, count, momentum)
+        args = CRunningArgs(running, _pointer(mean), _pointer(var), mean.numel() // channels, channels)
         if self.library.nk_update_running(ctypes.byref(args)):
             raise RuntimeError(self.library.nk_last_error().decode())
-        return True
 
     def _moment_outputs(self, problem: Problem, save: bool) -> tuple[Tensor, Tensor]:
         groups = problem.stats.groups if save else 0
