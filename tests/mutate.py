@@ -4,7 +4,7 @@ Takes each barrier, fence, bound, ticket and guard of csrc/cuda/*.cuh away in tu
 a temporary directory and runs a compact set of cases on several schedules and chips. A mutant that no case catches has
 survived: it is either equivalent, which the list in EQUIVALENT must then say, or a hole in the tests.
 
-    python tests/mutate.py               every mutant (about 10 s each on an idle core)
+    python tests/mutate.py               every mutant (about half a minute each on a core)
     python tests/mutate.py --quick 12    so many of them, spread evenly, as in CI
     python tests/mutate.py --only merge  mutants of files or lines that contain the word
 """
@@ -107,6 +107,8 @@ def mutants() -> Iterator[Mutant]:
 class Workshop:
     """A copy of csrc with its own build directory, in which one mutant after the other is tried."""
 
+    seconds = 1800.0  # what the cases may take: for a mutant, some times what they take the original (see main)
+
     def __init__(self, folder: Path) -> None:
         self.csrc, self.build = folder / "csrc", folder / "build"
         shutil.copytree(ROOT / "csrc", self.csrc)
@@ -118,7 +120,7 @@ class Workshop:
         )  # fmt: skip
 
     @staticmethod
-    def run(*command: str, timeout: int = 900, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*command: str, timeout: float = 1800, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
         )
@@ -143,7 +145,11 @@ class Workshop:
             return "does not compile"
         try:
             done = self.run(
-                sys.executable, str(Path(__file__)), "--cases", timeout=300, NORMKERN_EMULATOR_DIR=str(self.build)
+                sys.executable,
+                str(Path(__file__)),
+                "--cases",
+                timeout=Workshop.seconds,
+                NORMKERN_EMULATOR_DIR=str(self.build),
             )
         except subprocess.TimeoutExpired:
             return "killed: timeout"
@@ -321,9 +327,11 @@ def main() -> int:
             print(f"{mutant or 'the original'}\n    {verdict}", flush=True)
             return mutant, verdict
 
+        started = time.time()
         if judge(None)[1] != "survived":
             print("mutate: the unchanged kernels fail the cases")
             return 1
+        Workshop.seconds = max(120.0, 5 * (time.time() - started))  # with building; a machine may be busy at times
         with ThreadPoolExecutor(args.jobs) as pool:
             verdicts = list(pool.map(judge, chosen))
     tried = [(mutant, verdict) for mutant, verdict in verdicts if verdict != "does not compile"]
