@@ -62,11 +62,15 @@ OPERATORS = (
 
 # Mutants that compute the same as the original: how "file: line" begins, and the reason.
 SAME, ZERO = "both sides are the same where they are equal", "what lies beyond a chunk is loaded as zero"
+REGISTERS = "numbers of one access's columns: registers, set again where they are used"
 EQUIVALENT = {
     "vec.cuh: if (c.n > 0) store<T, V>(to->v, load_chunk": "callers visit no empty chunk",
     "vec.cuh: const int64_t from = aligned > begin": SAME,
     "team.cuh: for (int first = first_line(); first < s.lines;": "line_end is called for lines beyond the last anyway",
     "team.cuh: return line < s.lines && left < s.end && (begin": "a block without columns has runs of whole accesses",
+    "fused.cuh: if (i < own.n) shift[i] = A(to_float(f.element": "a shift behind a thread's own columns is not used",
+    "fused.cuh: for (int i = 0; i < N; ++i) sum[i] = squares[i]": REGISTERS,
+    "fused.cuh: for (int i = 0; i < N; ++i) {": REGISTERS,
     "fused_backward.cuh: const A one = i < c.n ?": ZERO,
     "reduce.cuh: first[i] = i < c.n ?": ZERO,
     "reduce.cuh: second[i] = i < c.n ?": ZERO,
