@@ -71,6 +71,7 @@ EQUIVALENT = {
     "fused.cuh: if (i < own.n) shift[i] = A(to_float(f.element": "a shift behind a thread's own columns is not used",
     "fused.cuh: for (int i = 0; i < N; ++i) sum[i] = squares[i]": REGISTERS,
     "fused.cuh: for (int i = 0; i < N; ++i) {": REGISTERS,
+    "fused.cuh: finish(i, exact, var < 0": SAME,
     "fused_backward.cuh: const A one = i < c.n ?": ZERO,
     "reduce.cuh: first[i] = i < c.n ?": ZERO,
     "reduce.cuh: second[i] = i < c.n ?": ZERO,
