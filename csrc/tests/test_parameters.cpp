@@ -4,21 +4,14 @@
 #include <limits>
 #include <vector>
 
-#include "../cpu/kernels.h"
-#include "../cpu/types.h"
+#include "../cpu/layout.h"
 #include "check.h"
 
 namespace normkern::test {
 namespace {
 
-double wide(float v) { return v; }
-double wide(double v) { return v; }
-double wide(f16 v) { return to_float(v); }
-double wide(bf16 v) { return to_float(v); }
-void narrow(double v, float& to) { to = float(v); }
-void narrow(double v, double& to) { to = v; }
-void narrow(double v, f16& to) { to = to_f16(v); }
-void narrow(double v, bf16& to) { to = to_bf16(v); }
+using cpu::from_double;
+using cpu::to_double;
 
 bool same(double a, double b) { return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b); }
 
@@ -40,17 +33,18 @@ void there_and_back(DType dtype) {
   const double untouched = 77;
   for (size_t n = 0; n <= all.size(); n += n < 70 ? 1 : 63) {
     std::vector<T> stored(n + 1), written(n + 1);
-    narrow(untouched, written[n]);
-    for (size_t i = 0; i < n; ++i) narrow(all[i], stored[i]);
+    from_double(untouched, written[n]);
+    for (size_t i = 0; i < n; ++i) from_double(all[i], stored[i]);
     std::vector<float> read(n + 1, float(untouched));
     cpu::kernels().read_floats(stored.data(), dtype, int64_t(n), read.data());
     cpu::kernels().write_doubles(all.data(), int64_t(n), dtype, written.data());
     for (size_t i = 0; i < n; ++i) {
-      check(same(read[i], float(wide(stored[i]))), "type %d: %g read as %g", int(dtype), wide(stored[i]), read[i]);
-      check(same(wide(written[i]), wide(stored[i])), "type %d: %a written as %a, not %a", int(dtype), all[i],
-            wide(written[i]), wide(stored[i]));
+      check(same(read[i], float(to_double(stored[i]))), "type %d: %g read as %g", int(dtype), to_double(stored[i]),
+            read[i]);
+      check(same(to_double(written[i]), to_double(stored[i])), "type %d: %a written as %a, not %a", int(dtype), all[i],
+            to_double(written[i]), to_double(stored[i]));
     }
-    check(read[n] == untouched && wide(written[n]) == untouched, "type %d: written behind the end", int(dtype));
+    check(read[n] == untouched && to_double(written[n]) == untouched, "type %d: written behind the end", int(dtype));
   }
 }
 
@@ -67,7 +61,7 @@ void full_nan(DType dtype) {
   std::memset(gradients.data(), 0xff, 20 * sizeof(double));
   std::vector<T> written(20);
   cpu::kernels().write_doubles(gradients.data(), 20, dtype, written.data());
-  for (T v : written) check(std::isnan(wide(v)), "type %d: nan written as %g", int(dtype), wide(v));
+  for (T v : written) check(std::isnan(to_double(v)), "type %d: nan written as %g", int(dtype), to_double(v));
 }
 
 }  // namespace

@@ -3,19 +3,13 @@
 #include <cstring>
 #include <vector>
 
-#include "../cpu/entry.h"
-#include "../cpu/types.h"
+#include "../cpu/layout.h"
 #include "check.h"
 
 namespace normkern::test {
 namespace {
 
 constexpr int64_t kMuch = int64_t(1) << 30;  // bytes written elsewhere in the same call
-
-void put(float v, float& to) { to = v; }
-void put(float v, double& to) { to = v; }
-void put(float v, f16& to) { to = to_f16(v); }
-void put(float v, bf16& to) { to = to_bf16(v); }
 
 template <class T>
 struct Buffer {
@@ -40,9 +34,9 @@ void run(const Problem& p, int64_t shift, bool with_residual) {
   const int64_t n = p.stats.numel(), channels = p.affine.groups(), groups = p.stats.groups();
   Buffer<T> x(n, 0), dy(n, 0), residual(n, 0);
   for (int64_t i = 0; i < n; ++i) {
-    put(float(std::sin(double(i))) + 1, x.data()[i]);
-    put(float(std::cos(3.0 * double(i))), dy.data()[i]);
-    put(float(std::cos(double(i))), residual.data()[i]);
+    cpu::from_double(float(std::sin(double(i))) + 1, x.data()[i]);
+    cpu::from_double(float(std::cos(3.0 * double(i))), dy.data()[i]);
+    cpu::from_double(float(std::cos(double(i))), residual.data()[i]);
   }
   const std::vector<float> weight(size_t(channels), 1.5f), bias(size_t(channels), -0.25f);
   Buffer<T> y[2] = {{n, shift}, {n, shift}}, dx[2] = {{n, shift}, {n, shift}}, dz[2] = {{n, shift}, {n, shift}};
