@@ -2,6 +2,8 @@
 # where torch has them and nowhere else, the range of magnitudes, and how results spread over units in the last place.
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,6 +144,31 @@ def test_poison_stays_in_its_group(backend: Setup, norm: str, layout: str, poiso
         assert not other.any(), f"{name}: not nan where torch is, or the reverse, e.g. at {first(other)}"
     for name, value in want.items():
         compare(name, got[name], value, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_poison_with_given_statistics_counts_once(backend: Setup, layout: str) -> None:
+    """Where no statistic turns nan, an infinity reaches the weight gradient of its channel as one: at ends of runs and
+    of lines that are no whole accesses too."""
+    shape = (2, 6, 7, 7) if layout == "contiguous" else (8, 67, 2, 2)
+    generator = torch.Generator().manual_seed(5)
+    x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
+    x.view(shape[0], shape[1], -1)[1, ::5, -3:] = float("inf")
+    dy = dy.abs()
+    statistics = torch.zeros(shape[1]), torch.ones(shape[1])
+
+    def weight_gradient(batch_norm: Any, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        given = [t.to(device, dtype) for t in (*statistics, torch.ones(shape[1]), torch.zeros(shape[1]))]
+        weight = given[2].requires_grad_()
+        y = batch_norm(in_layout(x.to(device, dtype), layout), *given)
+        (gradient,) = torch.autograd.grad(y, weight, in_layout(dy.to(device, dtype), layout))
+        return gradient.cpu().double()
+
+    want = weight_gradient(F.batch_norm, "cpu", torch.float64)
+    assert want[::5].isposinf().all()
+    torch.testing.assert_close(
+        weight_gradient(normkern.functional.batch_norm, backend.device, torch.float32), want, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)

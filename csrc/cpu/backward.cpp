@@ -165,12 +165,14 @@ class Backward {
   void sum_and_slope(const Box& box, const Center<A>& center, const Scratch& w, const Share& share) const {
     const int64_t row = 2 * size_of(p_.dtype) * (l_.columns ? l_.entries_of(box) : box.groups() * l_.stats.cols);
     const int64_t step = std::max<int64_t>(1, kTileBytes / row);
+    clear(box, w);
+    finish(box, center, w.sums, w);
     for (Box part = box; part.r0 < box.r1; part.r0 = part.r1) {
       part.r1 = std::min(box.r1, part.r0 + step);
-      if (wants_weights_) sum(part, center, w, share);
-      finish(part, center, w.sums, w);
+      if (wants_weights_) add_sums(part, center, w, share);
       slope(part, center, w);
     }
+    if (wants_weights_) fold(box, center, w, share);
   }
 
   void read_moments(const Box& box, int64_t first, Centers<A>& centers) const {
@@ -270,18 +272,25 @@ class Backward {
   Elements<A> elements(const Box& box) const { return at_box(elements_, l_, box); }
 
   void sum(const Box& box, Center<A> center, const Scratch& w, const Share& share, A* kept = nullptr) const {
-    const int64_t n = l_.entries_of(box), groups = box.groups();
+    clear(box, w);
+    add_sums(box, center, w, share, kept);
+    fold(box, center, w, share);
+  }
+
+  void clear(const Box& box, const Scratch& w) const {
+    const int64_t n = l_.entries_of(box);
     std::fill_n(w.first, n, 0.0);
     std::fill_n(w.second, n, 0.0);
+  }
+
+  void add_sums(const Box& box, Center<A> center, const Scratch& w, const Share& share, A* kept = nullptr) const {
     Elements<A> e = elements(box);
     e.kept = kept;
     e.dtotal = nullptr;
     if (!l_.columns) {
       const BackwardSums s = {wants_sums_ ? w.first : nullptr, w.second, share.dbias.get(), share.dweight.get(),
                               share.first};
-      kernels_.sums_runs(e, l_.runs(box), l_.lookup, center, s);
-      for (int64_t k = 0; k < groups; ++k) w.sums[k] = {w.first[k], w.second[k]};
-      return;
+      return kernels_.sums_runs(e, l_.runs(box), l_.lookup, center, s);
     }
     BackwardSums s = {w.first, w.second, nullptr, nullptr, 0};
     if (l_.by_line && wants_weights_) {
@@ -289,6 +298,16 @@ class Backward {
       s.dweight = share.dweight.get() + (box.r0 - share.first);
     }
     kernels_.sums_columns(e, l_.lines(box), center, s);
+  }
+
+  // From the entries of a box to its groups, and with columns to the weights.
+  void fold(const Box& box, Center<A> center, const Scratch& w, const Share& share) const {
+    const int64_t n = l_.entries_of(box), groups = box.groups();
+    if (!l_.columns) {
+      for (int64_t k = 0; k < groups; ++k) w.sums[k] = {w.first[k], w.second[k]};
+      return;
+    }
+    const A* weight = elements(box).weight;
     // What the sums of columns leave out of xhat.
     for (int64_t j = 0; j < n && !l_.by_line; ++j)
       w.second[j] -= double(center.low[j]) * double(center.rstd[j]) * w.first[j];
@@ -297,8 +316,8 @@ class Backward {
     for (int64_t j = 0; j < n;) {
       for (int64_t k = 0; k < groups; ++k)
         for (int64_t c = 0; c < cols; ++c, ++j) {
-          const double weight = l_.by_line ? 1 : double(e.weight[j]);  // by line it is in the sums already
-          w.sums[k] = merge(w.sums[k], Sums{weight * w.first[j], weight * w.second[j]});
+          const double factor = l_.by_line ? 1 : double(weight[j]);  // by line it is in the sums already
+          w.sums[k] = merge(w.sums[k], Sums{factor * w.first[j], factor * w.second[j]});
         }
     }
     if (!wants_weights_ || l_.by_line) return;

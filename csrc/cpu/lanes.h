@@ -79,6 +79,9 @@ NK_PACK_OPERATOR(*)
 NK_PACK_OPERATOR(/)
 #undef NK_PACK_OPERATOR
 
+using Floats = Pack<float>;
+using Doubles = Pack<double>;
+
 template <class A>
 NK_INLINE Pack<A> fill(A value) {
   Pack<A> p;
@@ -523,6 +526,26 @@ NK_INLINE Pack<To> convert(Pack<From> v) {
   } else {
     return {{join(narrow(v.part[0]), narrow(v.part[1]))}};
   }
+}
+
+// The sums of all lanes of two packs, in float64 and as trees.
+template <class A>
+NK_INLINE Vector<double, 2> totals(Pack<A> a, Pack<A> b) {
+  const Doubles x = convert<double>(a), y = convert<double>(b);
+  auto v = x.part[0] + x.part[1], w = y.part[0] + y.part[1];
+#if defined(__AVX512F__)
+  const __m512d p = bit_cast<__m512d>(v), q = bit_cast<__m512d>(w);
+  const __m512d eight = _mm512_add_pd(_mm512_unpacklo_pd(p, q), _mm512_unpackhi_pd(p, q));
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+#elif defined(__AVX2__)
+  const __m256d four = _mm256_hadd_pd(bit_cast<__m256d>(v), bit_cast<__m256d>(w));
+#endif
+#if defined(__AVX2__)
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return bit_cast<Vector<double, 2>>(two);
+#else
+  return Vector<double, 2>{v[0] + v[1], w[0] + w[1]};
+#endif
 }
 
 // One element.

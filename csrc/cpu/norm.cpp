@@ -2,162 +2,16 @@
 //
 // Everything here is internal but kTable: an inline function that two of these objects share could be linked from the
 // wrong one (cmake checks that none is left). So no standard library, and of core only plain data.
-//
-// Loops come in three forms, by what follows the affine step (Tail): the common ones are then free of calls.
-#include "activate.h"
-#include "kernels.h"
+#include "gradient_sums.h"
 #include "packs.h"
 #include "parameters.h"
 #include "sums.h"
+#include "walk.h"
 
 namespace normkern::cpu::NK_ISA {
 namespace {
 
-// Walks a range of elements in step with the entries of their weights.
-struct Cursor {
-  const Lookup& lookup;
-  int64_t at = -1, entry = 0, left = 0;  // `left` elements from `at` on share an entry, or have consecutive ones
-  int64_t row = 0, run = 0, base = 0;
-
-  explicit Cursor(const Lookup& l) : lookup(l) {}
-
-  NK_INLINE void seek(int64_t e) {
-    if (e == at) return;
-    const int64_t whole = e / lookup.length, line = whole / lookup.runs, slice = line / lookup.rows;
-    const int64_t inside = e - whole * lookup.length;
-    at = e;
-    run = whole - line * lookup.runs;
-    row = line - slice * lookup.rows;
-    base = slice * (lookup.by_element ? lookup.length : lookup.runs);
-    entry = base + run + (lookup.by_element ? inside : 0);
-    left = lookup.length - inside;
-  }
-
-  NK_INLINE void advance(int64_t n) {
-    at += n;
-    left -= n;
-    if (lookup.by_element) entry += n;
-    if (left != 0) return;
-    left = lookup.length;
-    if (++run == lookup.runs) {
-      run = 0;
-      next_rows(1);
-    }
-    entry = base + run;
-  }
-
-  // To the same place of a later row of the slice, or of the next one's first.
-  NK_INLINE void next_rows(int64_t n) {
-    row += n;
-    if (row != lookup.rows) return;
-    row = 0;
-    const int64_t step = lookup.by_element ? lookup.length : lookup.runs;
-    base += step;
-    entry += step;
-  }
-};
-
-// Calls body(e, n, run, entry, place) for the pieces of the runs that share an entry or have consecutive ones; `place`
-// elements were walked before.
-template <class Body>
-NK_INLINE void for_pieces(const Runs& r, const Lookup& lookup, Body body) {
-  Cursor cursor(lookup);
-  int64_t place = 0;
-  for (int64_t line = 0; line < r.lines; ++line) {
-    for (int64_t run = 0; run < r.count; ++run) {
-      int64_t e = r.first + line * r.stride + run * r.pitch;
-      const int64_t end = e + r.length;
-      cursor.seek(e);
-      while (e < end) {
-        const int64_t n = cursor.left < end - e ? cursor.left : end - e;
-        body(e, n, run, cursor.entry, place);
-        cursor.advance(n);
-        e += n;
-        place += n;
-      }
-    }
-  }
-}
-
-// ---- what follows the affine step ----
-
-enum class Tail { none, relu, any };
-
-template <Tail kTail>
-struct TailOf {
-  static constexpr Tail value = kTail;
-};
-
-// Calls loop(tail) with the Tail of the elements as a constant.
-template <class A, class Loop>
-NK_INLINE void with_tail(const Elements<A>& a, Loop loop) {
-  if constexpr (sizeof(A) == 4) {
-    if (a.act == Act::none && !a.residual && !a.dresidual && !a.dtotal) return loop(TailOf<Tail::none>());
-    if (a.act == Act::relu && !a.dtotal) return loop(TailOf<Tail::relu>());
-  }
-  loop(TailOf<Tail::any>());
-}
-
-template <Tail kTail, class T, class A>
-NK_INLINE Pack<A> finish(const Elements<A>& a, int64_t e, int64_t n, Pack<A> z) {
-  if constexpr (kTail == Tail::none) return z;
-  if (a.residual) z = z + load_some<A>(static_cast<const T*>(a.residual) + e, n);
-  if constexpr (kTail == Tail::relu) return where_less(z, fill(A(0)), fill(A(0)), z);
-  return a.act == Act::none ? z : activate(a.act, z);
-}
-
-template <Tail kTail, class T, class A>
-NK_INLINE Pair<A> finish_pair(const Elements<A>& a, int64_t e, Pair<A> z) {
-  if constexpr (kTail == Tail::none) return z;
-  if (a.residual) {
-    const Pair<A> residual = load_pair<A>(static_cast<const T*>(a.residual) + e);
-    z = {z.a + residual.a, z.b + residual.b};
-  }
-  const Pack<A> zero = fill(A(0));
-  return {where_less(z.a, zero, zero, z.a), where_less(z.b, zero, zero, z.b)};
-}
-
-// dz: the gradient of what enters the activation; z is made only where it is needed. The sums keep what is costly.
-template <Tail kTail, class T, class A, class Z>
-NK_INLINE Pack<A> dz_of(const Elements<A>& a, int64_t e, int64_t n, Pack<A> dy, Z make_z) {
-  if constexpr (kTail == Tail::none) return dy;
-  if (kTail == Tail::any && a.act == Act::none) return dy;
-  Pack<A> z = make_z();
-  if (a.residual) z = z + load_some<A>(static_cast<const T*>(a.residual) + e, n);
-  if constexpr (kTail == Tail::relu) return where_at_most(z, fill(A(0)), fill(A(0)), dy);
-  return dy * activate_slope(a.act, z);
-}
-
-template <Tail kTail, class A>
-NK_INLINE Pack<A> keep(const Elements<A>& a, int64_t place, int64_t n, Pack<A> dz) {
-  if (kTail == Tail::any && a.kept) store_some(a.kept + place, dz, n);
-  return dz;
-}
-
-template <Tail kTail, class T, class A, class Z>
-NK_INLINE Pack<A> dz_again(const Elements<A>& a, int64_t e, int64_t place, int64_t n, Z make_z) {
-  if (kTail == Tail::any && a.kept) return load_some<A>(a.kept + place, n);
-  return dz_of<kTail, T>(a, e, n, load_some<A>(static_cast<const T*>(a.dy) + e, n), make_z);
-}
-
-// dx, once what came past the norm is added to what came through it.
-template <Tail kTail, class T, class A>
-NK_INLINE Pack<A> past(const Elements<A>& a, int64_t e, int64_t n, Pack<A> dx) {
-  if (kTail != Tail::any || !a.dtotal) return dx;
-  return dx + load_some<A>(static_cast<const T*>(a.dtotal) + e, n);
-}
-
 // Every function copies its Elements: the compiler then knows that no store changes them.
-
-template <class A>
-struct Normalize {
-  Pack<A> mean, rstd, offset;  // xhat = (x - mean)*rstd + offset
-
-  static NK_INLINE Normalize of(Center<A> c, int64_t run) {
-    return {fill(c.mean[run]), fill(c.rstd[run]), fill(-c.low[run] * c.rstd[run])};
-  }
-  NK_INLINE Pack<A> operator()(Pack<A> x) const { return fma(x - mean, rstd, offset); }
-};
 
 // ---- forward ----
 
@@ -214,11 +68,56 @@ void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, 
   if (a.stream) end_stream();
 }
 
-// Calls loop(e, width) for the lines.
-template <class Loop>
-NK_INLINE void for_lines(const Columns& c, Loop loop) {
-  for (int64_t line = 0; line < c.lines; ++line) loop(line, c.first + line * c.stride, c.width);
-  if (c.tail) loop(c.lines, c.first + c.lines * c.stride, c.tail);
+// What a map needs of up to kMost columns, in the order of pairs (lanes.h).
+template <class A>
+struct PairedColumns {
+  static constexpr int64_t kMost = 512;
+  A mean[kMost], scale[kMost], shift[kMost];
+
+  void set(const Center<A>& center, int64_t from, int64_t n) {
+    set_one(center.mean + from, n, mean);
+    set_one(center.scale + from, n, scale);
+    set_one(center.shift + from, n, shift);
+  }
+
+ private:
+  static void set_one(const A* from, int64_t n, A* to) {
+    for (int64_t i = 0; i < n; i += 2 * kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) {
+        to[i + j] = from[i + 2 * j];
+        to[i + kLanes + j] = from[i + 2 * j + 1];
+      }
+    }
+  }
+};
+
+// Lines that are enough to be worth another order of the columns, and whole in it.
+template <class A>
+NK_INLINE bool pairs_pay(const Elements<A>& a, const Columns& c) {
+  return c.lines >= 16 && c.tail == 0 && !a.by_line && c.width % (2 * kLanes) == 0;
+}
+
+template <Tail kTail, class T, class A>
+NK_INLINE void map_paired_columns(const Elements<A>& a, const Columns& c, const Center<A>& center) {
+  PairedColumns<A> p;
+  for (int64_t from = 0; from < c.width; from += p.kMost) {
+    const int64_t n = c.width - from < p.kMost ? c.width - from : p.kMost;
+    p.set(center, from, n);
+    const auto z = [&](int64_t j, Pack<A> x)
+                       NK_INLINED { return fma(x - load<A>(p.mean + j), load<A>(p.scale + j), load<A>(p.shift + j)); };
+    for_lines(c, [&](int64_t, int64_t line, int64_t) NK_INLINED {
+      const int64_t e = line + from;
+      const T* x = static_cast<const T*>(a.x) + e;
+      T* y = static_cast<T*>(a.y) + e;
+      const bool stream = a.stream && reinterpret_cast<uintptr_t>(y) % kStreamed<T> == 0;
+      const auto alone = [](int64_t, int64_t, auto) {};  // there is none
+      for_packs<true>(y, n, stream, alone, [&](int64_t j, auto streamed) NK_INLINED {
+        fetch(x + j, 0, streamed);
+        const Pair<A> xs = load_pair<A>(x + j);
+        put_pair(y + j, finish_pair<kTail, T, A>(a, e + j, {z(j, xs.a), z(j + kLanes, xs.b)}), streamed);
+      });
+    });
+  }
 }
 
 template <class T, class A>
@@ -226,6 +125,8 @@ void map_columns(const Elements<A>& elements, const Columns& c, Center<A> center
   const Elements<A> a = elements;
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
+    if constexpr (kPaired<T> && kTail != Tail::any)
+      if (pairs_pay(a, c)) return map_paired_columns<kTail, T>(a, c, center);
     for_lines(c, [&](int64_t line, int64_t e, int64_t width) NK_INLINED {
       const T* x = static_cast<const T*>(a.x) + e;
       T* y = static_cast<T*>(a.y) + e;
@@ -248,212 +149,6 @@ void map_columns(const Elements<A>& elements, const Columns& c, Center<A> center
     });
   });
   if (a.stream) end_stream();
-}
-
-// ---- backward: sums ----
-
-// Pieces with one weight: sums of dz and dz*xhat.
-template <Tail kTail, class T, class A>
-NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int64_t n, int64_t run, int64_t entry,
-                         int64_t place, double& all, double& all_xhat) {
-  const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
-  const A factor = center.rstd[run] * a.weight[entry];
-  const Pack<A> mean = fill(center.mean[run]), rstd = fill(center.rstd[run]), scale = fill(factor),
-                shift = fill(a.bias[entry] - center.low[run] * factor);
-  const auto use = [&](Pack<A> xs, Pack<A> dz, Pack<A>* to) NK_INLINED {
-    to[0] = to[0] + dz;
-    to[1] = fma(dz, (xs - mean) * rstd, to[1]);
-  };
-  Doubles sum = fill(0.0), sum_xhat = sum;
-  for (int64_t start = 0; start < n; start += kBlock<A>) {
-    const T *from = x + start, *dfrom = dy + start;
-    Pack<A> sums[2] = {fill(A(0)), fill(A(0))};
-    const auto step = [&](int64_t i, Pack<A>* to) NK_INLINED {
-      const Pack<A> xs = load<A>(from + i);
-      const Pack<A> dz = dz_of<kTail, T>(a, e + start + i, kLanes, load<A>(dfrom + i),
-                                         [&]() NK_INLINED { return fma(xs - mean, scale, shift); });
-      use(xs, keep<kTail>(a, place + start + i, kLanes, dz), to);
-    };
-    add_block<A, 2>(
-        n - start < kBlock<A> ? n - start : kBlock<A>, sums,
-        [&](int64_t i, Pack<A>* to, Pack<A>* other) NK_INLINED {
-          if constexpr (kTail == Tail::none) {
-            const Pair<A> xs = load_pair<A>(from + i), dz = load_pair<A>(dfrom + i);
-            use(xs.a, dz.a, to);
-            use(xs.b, dz.b, other);
-          } else {
-            step(i, to);
-            step(i + kLanes, other);
-          }
-        },
-        step,
-        [&](int64_t m, int64_t left, Pack<A>* to) NK_INLINED {
-          const Pack<A> xs = load<A>(from + m - left, left);
-          const Pack<A> dz = dz_of<kTail, T>(a, e + start + m - left, left, load<A>(dfrom + m - left, left),
-                                             [&]() NK_INLINED { return fma(xs - mean, scale, shift); });
-          use(xs, keep<kTail>(a, place + start + m - left, left, dz), to);
-        });
-    sum = sum + convert<double>(sums[0]);
-    sum_xhat = sum_xhat + convert<double>(sums[1]);
-  }
-  all = total(sum);
-  all_xhat = total(sum_xhat) - double(center.low[run]) * double(center.rstd[run]) * all;
-}
-
-// kRows runs that lie `pitch` apart and have the same weights, element by element.
-template <int kRows, Tail kTail, class T, class A>
-NK_INLINE void sum_rows(const Elements<A>& a, Center<A> center, int64_t e, int64_t pitch, int64_t n, int64_t run,
-                        int64_t entry, int64_t place, const BackwardSums& s) {
-  const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
-  const A *weight = a.weight + entry, *bias = a.bias + entry;
-  double* dbias = s.dweight ? s.dbias + (entry - s.origin) : nullptr;
-  double* dweight = s.dweight ? s.dweight + (entry - s.origin) : nullptr;
-  Normalize<A> normalize[kRows];
-  for (int k = 0; k < kRows; ++k) normalize[k] = Normalize<A>::of(center, run + k);
-  double all[kRows] = {}, all_xhat[kRows] = {};
-  for (int64_t start = 0; start < n; start += 2 * kTerms * kLanes) {
-    const int64_t end = n - start < 2 * kTerms * kLanes ? n : start + 2 * kTerms * kLanes;
-    Pack<A> g[kRows], g_xhat[kRows];
-    for (int k = 0; k < kRows; ++k) g[k] = g_xhat[k] = fill(A(0));
-    const auto step = [&](int64_t i, int64_t m) NK_INLINED {
-      const Pack<A> w = load_some<A>(weight + i, m);
-      Pack<A> sum = fill(A(0)), sum_xhat = sum;
-#pragma GCC unroll 4
-      for (int k = 0; k < kRows; ++k) {
-        const Pack<A> xhat = normalize[k](load_some<A>(x + k * pitch + i, m));
-        const Pack<A> dz = dz_of<kTail, T>(a, e + k * pitch + i, m, load_some<A>(dy + k * pitch + i, m),
-                                           [&]() NK_INLINED { return fma(xhat, w, load_some<A>(bias + i, m)); });
-        keep<kTail>(a, place + k * n + i, m, dz);
-        const Pack<A> scaled = dz * w;
-        sum = sum + dz;
-        sum_xhat = fma(dz, xhat, sum_xhat);
-        g[k] = g[k] + scaled;
-        g_xhat[k] = fma(scaled, xhat, g_xhat[k]);
-      }
-      if (!dweight) return;
-      store_some(dbias + i, load_some<double>(dbias + i, m) + convert<double>(sum), m);
-      store_some(dweight + i, load_some<double>(dweight + i, m) + convert<double>(sum_xhat), m);
-    };
-    int64_t i = start;
-    for (; i + kLanes <= end; i += kLanes) step(i, int64_t(kLanes));
-    if (i < end) step(i, end - i);
-    for (int k = 0; k < kRows; ++k) {
-      all[k] += total(convert<double>(g[k]));
-      all_xhat[k] += total(convert<double>(g_xhat[k]));
-    }
-  }
-  for (int k = 0; k < kRows && s.g; ++k) {
-    s.g[run + k] += all[k];
-    s.g_xhat[run + k] += all_xhat[k];
-  }
-}
-
-template <class T, class A>
-void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center, BackwardSums s) {
-  const Elements<A> a = elements;
-  with_tail(a, [&](auto tail) NK_INLINED {
-    constexpr Tail kTail = decltype(tail)::value;
-    if (!lookup.by_element) {
-      return for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry, int64_t place) NK_INLINED {
-        double all, all_xhat;
-        sum_piece<kTail, T>(a, center, e, n, run, entry, place, all, all_xhat);
-        const double w = a.weight[entry];
-        if (s.g) {
-          s.g[run] += w * all;
-          s.g_xhat[run] += w * all_xhat;
-        }
-        if (s.dweight) {
-          s.dbias[entry - s.origin] += all;
-          s.dweight[entry - s.origin] += all_xhat;
-        }
-      });
-    }
-    constexpr int kRows = 2;
-    Cursor cursor(lookup);
-    for (int64_t line = 0; line < r.lines; ++line) {
-      for (int64_t run = 0; run < r.count;) {
-        int64_t e = r.first + line * r.stride + run * r.pitch, place = (line * r.count + run) * r.length;
-        cursor.seek(e);
-        if (run + kRows <= r.count && r.pitch == lookup.length && cursor.left >= r.length &&
-            cursor.row + kRows <= lookup.rows) {
-          sum_rows<kRows, kTail, T>(a, center, e, r.pitch, r.length, run, cursor.entry, place, s);
-          cursor.next_rows(kRows);
-          cursor.at += kRows * r.pitch;
-          run += kRows;
-          continue;
-        }
-        for (const int64_t end = e + r.length; e < end;) {
-          const int64_t n = cursor.left < end - e ? cursor.left : end - e;
-          sum_rows<1, kTail, T>(a, center, e, 0, n, run, cursor.entry, place, s);
-          cursor.advance(n);
-          e += n;
-          place += n;
-        }
-        ++run;
-      }
-    }
-  });
-}
-
-// Weights by line: xhat is (x - mean)*scale + shift.
-template <class T, class A>
-void sums_lines(const Elements<A>& elements, const Columns& c, Center<A> center, BackwardSums s) {
-  const Elements<A> a = elements;
-  for (int64_t line = 0; line < c.lines; ++line) {
-    const Pack<A> weight = fill(a.weight[line]), bias = fill(a.bias[line]);
-    Doubles all = fill(0.0), all_xhat = all;
-    for (int64_t j = 0; j < c.width; j += kLanes) {
-      const int64_t n = c.width - j < kLanes ? c.width - j : int64_t(kLanes), e = c.first + line * c.stride + j;
-      const Pack<A> xhat = fma(load_some<A>(static_cast<const T*>(a.x) + e, n) - load_some<A>(center.mean + j, n),
-                               load_some<A>(center.scale + j, n), load_some<A>(center.shift + j, n));
-      const Pack<A> dz = dz_of<Tail::any, T>(a, e, n, load_some<A>(static_cast<const T*>(a.dy) + e, n),
-                                             [&]() NK_INLINED { return fma(xhat, weight, bias); });
-      keep<Tail::any>(a, e - c.first, n, dz);
-      const Doubles wide = convert<double>(dz), wide_xhat = convert<double>(xhat), g = convert<double>(dz * weight);
-      all = all + wide;
-      all_xhat = fma(wide, wide_xhat, all_xhat);
-      store_some(s.g + j, load_some<double>(s.g + j, n) + g, n);
-      store_some(s.g_xhat + j, fma(g, wide_xhat, load_some<double>(s.g_xhat + j, n)), n);
-    }
-    if (s.dweight) {
-      s.dbias[line] += total(all);
-      s.dweight[line] += total(all_xhat);
-    }
-  }
-}
-
-template <class T, class A>
-void sums_columns(const Elements<A>& elements, const Columns& c, Center<A> center, BackwardSums s) {
-  if (elements.by_line) return sums_lines<T>(elements, c, center, s);
-  const Elements<A> a = elements;
-  with_tail(a, [&](auto tail) NK_INLINED {
-    constexpr Tail kTail = decltype(tail)::value;
-    constexpr int kStep = 8;
-    for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
-      fetch_strip<kStep>(static_cast<const T*>(a.x) + e, j, c);
-      fetch_strip<kStep>(static_cast<const T*>(a.dy) + e, j, c);
-      const Pack<A> mean = load_some<A>(center.mean + j, n), rstd = load_some<A>(center.rstd + j, n);
-      Pack<A> sum = fill(A(0)), sum_xhat = sum;
-      const auto step = [&](int64_t line) NK_INLINED {
-        const int64_t at = e + line * c.stride;
-        const Pack<A> d = load_some<A>(static_cast<const T*>(a.x) + at, n) - mean;
-        const Pack<A> dz = dz_of<kTail, T>(
-            a, at, n, load_some<A>(static_cast<const T*>(a.dy) + at, n),
-            [&]() NK_INLINED { return fma(d, load_some<A>(center.scale + j, n), load_some<A>(center.shift + j, n)); });
-        keep<kTail>(a, at - c.first, n, dz);
-        sum = sum + dz;
-        sum_xhat = fma(dz, d * rstd, sum_xhat);
-      };
-      if (lines == kStep) {
-#pragma GCC unroll 8
-        for (int64_t line = 0; line < kStep; ++line) step(line);
-      } else {
-        for (int64_t line = 0; line < lines; ++line) step(line);
-      }
-      store_some(s.g + j, load_some<double>(s.g + j, n) + convert<double>(sum), n);
-      store_some(s.g_xhat + j, load_some<double>(s.g_xhat + j, n) + convert<double>(sum_xhat), n);
-    });
-  });
 }
 
 // ---- backward: dx ----

@@ -13,9 +13,6 @@
 namespace normkern::cpu::NK_ISA {
 namespace {
 
-using Floats = Pack<float>;
-using Doubles = Pack<double>;
-
 constexpr int kTerms = 16;
 
 // Chains of additions that hide their latency, within 16 registers.
@@ -28,13 +25,12 @@ constexpr int64_t kBlock = kTerms * kChains<S> * kLanes;  // elements of one blo
 // packs from i on to one each, and last(n, left, to) the last `left` of the n elements, where they are no whole pack.
 template <class S, int kSums, class Pairs, class Step, class Last>
 NK_INLINE void add_block(int64_t n, Pack<S> (&sums)[kSums], Pairs pair, Step step, Last last) {
-  Pack<S> chain[kChains<S>][kSums];
-  for (int u = 0; u < kChains<S>; ++u)
-    for (int k = 0; k < kSums; ++k) chain[u][k] = fill(S(0));
+  // Only constant indices: else the compiler keeps the array in memory.
+  Pack<S> chain[kChains<S>][kSums] = {};
   int64_t i = 0;
   for (; i + kChains<S> * kLanes <= n; i += kChains<S> * kLanes) {
-#pragma GCC unroll 2
-    for (int u = 0; u < kChains<S>; u += 2) pair(i + u * kLanes, chain[u], chain[u + 1]);
+    pair(i, chain[0], chain[1]);
+    if constexpr (kChains<S> == 4) pair(i + 2 * kLanes, chain[2], chain[3]);
   }
   for (; i + kLanes <= n; i += kLanes) step(i, chain[0]);
   if (i < n) last(n, n - i, chain[1]);
@@ -107,8 +103,9 @@ void moments_of_runs(const T* x, const Runs& r, bool pick, ShiftedSums<S> s) {
             store(lanes + kLanes, sums[1]);
             continue;
           }
-          if (kCentered) s.sum[run] += total(convert<double>(sums[0]));
-          s.squares[run] += total(convert<double>(sums[1]));
+          const auto all = totals(sums[0], sums[1]);
+          s.sum[run] += all[0];
+          s.squares[run] += all[1];
         } else {
           Doubles sum = fill(0.0), squares = sum;
           for (int64_t i = 0; i < r.length; i += kBlock<S>) {
@@ -131,18 +128,22 @@ void moments_runs(const void* data, const Runs& r, bool centered, bool pick, Shi
   centered ? moments_of_runs<T, S, true>(x, r, pick, s) : moments_of_runs<T, S, false>(x, r, pick, s);
 }
 
-// Calls step(j, n, e, lines) for a strip of columns, where `lines` elements lie c.stride apart from e on, a few lines
-// at a time: what a step keeps per column is then loaded and stored once for all of them.
+// Calls step(j, n, left, e, lines) for a strip of n columns from j on, where `lines` elements lie c.stride apart from e
+// on, a few lines at a time: what a step keeps per column is then loaded and stored once for all of them. Only the last
+// `left` of the columns count, where left < kLanes: the others had their turn.
 template <int kStep, class Step>
 NK_INLINE void for_strips(const Columns& c, Step step) {
+  constexpr int64_t kAll = kLanes;
   for (int64_t line = 0; line < c.lines; line += kStep) {
     const int64_t lines = c.lines - line < kStep ? c.lines - line : kStep, e = c.first + line * c.stride;
     int64_t j = 0;
-    for (; j + kLanes <= c.width; j += kLanes) step(j, int64_t(kLanes), e + j, lines);
-    if (j < c.width) step(j, c.width - j, e + j, lines);
+    for (; j + kAll <= c.width; j += kAll) step(j, kAll, kAll, e + j, lines);
+    if (j == c.width) continue;
+    const int64_t n = c.width < kAll ? c.width : kAll, from = c.width - n;
+    step(from, n, n < kAll ? kAll : c.width - j, e + from, lines);
   }
-  for (int64_t j = 0; j < c.tail; j += kLanes)
-    step(j, c.tail - j < kLanes ? c.tail - j : int64_t(kLanes), c.first + c.lines * c.stride + j, int64_t(1));
+  for (int64_t j = 0; j < c.tail; j += kAll)
+    step(j, c.tail - j < kAll ? c.tail - j : kAll, kAll, c.first + c.lines * c.stride + j, int64_t(1));
 }
 
 // The strip below that at p, column j, from memory: the hardware loses track of many lines side by side.
@@ -189,7 +190,7 @@ void moments_columns(const void* data, const Columns& c, bool centered, bool pic
     store_some(s.squares + j, load_some<double>(s.squares + j, n) + convert<double>(squares), n);
   };
   constexpr int kStep = 8;
-  for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t e, int64_t lines) NK_INLINED {
+  for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t left, int64_t e, int64_t lines) NK_INLINED {
     fetch_strip<kStep>(x + e, j, c);
     const Pack<S> shift = load_some<S>(s.shift + j, n);
     Pack<S> sum = fill(S(0)), squares = sum;
@@ -204,7 +205,7 @@ void moments_columns(const void* data, const Columns& c, bool centered, bool pic
     } else {
       for (int64_t line = 0; line < lines; ++line) step(line);
     }
-    add(j, n, sum, squares);
+    add(j, n, left == kLanes ? sum : last_lanes(sum, left), left == kLanes ? squares : last_lanes(squares, left));
   });
 }
 

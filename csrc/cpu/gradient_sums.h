@@ -1,0 +1,289 @@
+// gradient_sums.h: the sums of dz and of dz*xhat that dx and the gradients of weights are made of. Included by norm.cpp
+// alone.
+#pragma once
+
+#include "packs.h"
+#include "sums.h"
+#include "walk.h"
+
+namespace normkern::cpu::NK_ISA {
+namespace {
+
+// Pieces with one weight: sums of dz and dz*xhat.
+template <Tail kTail, class T, class A>
+NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int64_t n, int64_t run, int64_t entry,
+                         int64_t place, double& all, double& all_xhat) {
+  const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+  const A factor = center.rstd[run] * a.weight[entry];
+  const Pack<A> mean = fill(center.mean[run]), rstd = fill(center.rstd[run]), scale = fill(factor),
+                shift = fill(a.bias[entry] - center.low[run] * factor);
+  const auto add = [&](Pack<A> xhat, Pack<A> dz, Pack<A>* to) NK_INLINED {
+    to[0] = to[0] + dz;
+    to[1] = fma(dz, xhat, to[1]);
+  };
+  const auto use = [&](Pack<A> xs, Pack<A> dz, Pack<A>* to) NK_INLINED { add((xs - mean) * rstd, dz, to); };
+  all = all_xhat = 0;
+  for (int64_t start = 0; start < n; start += kBlock<A>) {
+    const T *from = x + start, *dfrom = dy + start;
+    Pack<A> sums[2] = {fill(A(0)), fill(A(0))};
+    const auto dz_at = [&](int64_t i, int64_t m, Pack<A> xs) NK_INLINED {
+      const Pack<A> dz = dz_of<kTail, T>(a, e + start + i, m, load_some<A>(dfrom + i, m),
+                                         [&]() NK_INLINED { return fma(xs - mean, scale, shift); });
+      return keep<kTail>(a, place + start + i, m, dz);
+    };
+    const auto step = [&](int64_t i, Pack<A>* to) NK_INLINED {
+      const Pack<A> xs = load<A>(from + i);
+      use(xs, dz_at(i, kLanes, xs), to);
+    };
+    add_block<A, 2>(
+        n - start < kBlock<A> ? n - start : kBlock<A>, sums,
+        [&](int64_t i, Pack<A>* to, Pack<A>* other) NK_INLINED {
+          if constexpr (kTail == Tail::none) {
+            const Pair<A> xs = load_pair<A>(from + i), dz = load_pair<A>(dfrom + i);
+            use(xs.a, dz.a, to);
+            use(xs.b, dz.b, other);
+          } else {
+            step(i, to);
+            step(i + kLanes, other);
+          }
+        },
+        step,
+        [&](int64_t m, int64_t left, Pack<A>* to) NK_INLINED {
+          const bool whole = start + m >= kLanes;  // the elements before count for nothing
+          const int64_t count = whole ? int64_t(kLanes) : left;
+          const Pack<A> xs = load_some<A>(from + m - count, count), dz = dz_at(m - count, count, xs);
+          if (!whole) return use(xs, dz, to);
+          add(last_lanes((xs - mean) * rstd, left), last_lanes(dz, left), to);
+        });
+    const auto both = totals(sums[0], sums[1]);
+    all += both[0];
+    all_xhat += both[1];
+  }
+  all_xhat -= double(center.low[run]) * double(center.rstd[run]) * all;
+}
+
+// Of these rows the sums over weights stay in A, a part of their columns at a time.
+constexpr int kBand = kTerms;
+constexpr int64_t kBandColumns = 2 * kTerms * kLanes;
+
+template <class A>
+struct Band {
+  A dbias[kBandColumns + kLanes], dweight[kBandColumns + kLanes];
+};
+
+template <class A>
+struct Row {
+  Normalize<A> normalize;
+  Pack<A> g, g_xhat;
+};
+
+// The sums of kRows runs that lie `pitch` apart and have the same weights, element by element: at most kBandColumns of
+// them. Those over weights go on in `band` from row to row, and to float64 with the last.
+template <int kRows, Tail kTail, class T, class A>
+NK_INLINE void sum_rows(const Elements<A>& a, Center<A> center, int64_t e, int64_t pitch, int64_t n, int64_t run,
+                        int64_t entry, int64_t place, int64_t place_pitch, bool first, bool last, Band<A>& band,
+                        const BackwardSums& s) {
+  const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+  const A *weight = a.weight + entry, *bias = a.bias + entry;
+  Row<A> one{Normalize<A>::of(center, run), {}, {}}, two{Normalize<A>::of(center, run + kRows - 1), {}, {}};
+  const auto loop = [&](auto put) NK_INLINED {
+    // The m elements at i, of which with `part` only the last `left` count.
+    const auto step = [&](int64_t i, int64_t m, int64_t left, auto part) NK_INLINED {
+      const Pack<A> w = load_some<A>(weight + i, m);
+      const auto dz_and_xhat = [&](Row<A>& row, int64_t k, Pack<A>& xhat) NK_INLINED {
+        xhat = row.normalize(load_some<A>(x + k * pitch + i, m));
+        Pack<A> dz = dz_of<kTail, T>(a, e + k * pitch + i, m, load_some<A>(dy + k * pitch + i, m),
+                                     [&]() NK_INLINED { return fma(xhat, w, load_some<A>(bias + i, m)); });
+        keep<kTail>(a, place + k * place_pitch + i, m, dz);
+        Pack<A> scaled = dz * w;
+        if constexpr (decltype(part)::value) {
+          dz = last_lanes(dz, left);
+          xhat = last_lanes(xhat, left);
+          scaled = last_lanes(scaled, left);
+        }
+        row.g = row.g + scaled;
+        row.g_xhat = fma(scaled, xhat, row.g_xhat);
+        return dz;
+      };
+      Pack<A> xhat;
+      Pack<A> sum = dz_and_xhat(one, 0, xhat), sum_xhat = sum * xhat;
+      if constexpr (kRows == 2) {
+        const Pack<A> dz = dz_and_xhat(two, 1, xhat);
+        sum = sum + dz;
+        sum_xhat = fma(dz, xhat, sum_xhat);
+      }
+      put(i, m, left, sum, sum_xhat, part);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) step(i, kLanes, kLanes, No());
+    if (i < n && n > kLanes) step(n - kLanes, kLanes, n - i, Yes());
+    if (i < n && n < kLanes) step(0, n, kLanes, Yes());
+  };
+  if (!s.dweight) {
+    loop([](int64_t, int64_t, int64_t, Pack<A>, Pack<A>, auto) NK_INLINED {});
+  } else if (!last) {
+    loop([&](int64_t i, int64_t, int64_t, Pack<A> sum, Pack<A> sum_xhat, auto part) NK_INLINED {
+      const bool add = decltype(part)::value || !first;  // before a part lies what this row has put already
+      store(band.dbias + i, add ? sum + load<A>(band.dbias + i) : sum);
+      store(band.dweight + i, add ? sum_xhat + load<A>(band.dweight + i) : sum_xhat);
+    });
+  } else {
+    double *dbias = s.dbias + (entry - s.origin), *dweight = s.dweight + (entry - s.origin);
+    const auto add = [&](const A* so_far, double* to, int64_t i, int64_t m, int64_t left, Pack<A> sum, auto part)
+                         NK_INLINED {
+                           const Pack<A> before = load<A>(so_far + i);
+                           if (!first) sum = sum + (decltype(part)::value ? last_lanes(before, left) : before);
+                           store_some(to + i, load_some<double>(to + i, m) + convert<double>(sum), m);
+                         };
+    loop([&](int64_t i, int64_t m, int64_t left, Pack<A> sum, Pack<A> sum_xhat, auto part) NK_INLINED {
+      add(band.dbias, dbias, i, m, left, sum, part);
+      add(band.dweight, dweight, i, m, left, sum_xhat, part);
+    });
+  }
+  const auto put_sums = [&](const Row<A>& row, int64_t k) NK_INLINED {
+    const auto all = totals(row.g, row.g_xhat);
+    s.g[k] += all[0];
+    s.g_xhat[k] += all[1];
+  };
+  if (s.g) {
+    put_sums(one, run);
+    if constexpr (kRows == 2) put_sums(two, run + 1);
+  }
+}
+
+// The same of `rows` <= kBand runs of n elements.
+template <Tail kTail, class T, class A>
+NK_INLINE void sum_band(const Elements<A>& a, Center<A> center, int64_t e, int64_t pitch, int64_t n, int64_t rows,
+                        int64_t run, int64_t entry, int64_t place, const BackwardSums& s) {
+  Band<A> band;
+  for (int64_t start = 0; start < n; start += kBandColumns) {
+    const int64_t m = n - start < kBandColumns ? n - start : kBandColumns, part = m / kLanes * kLanes;
+    if (part < m) {
+      store(band.dbias + part, fill(A(0)));
+      store(band.dweight + part, fill(A(0)));
+    }
+    int64_t row = 0;
+    for (; row + 2 <= rows; row += 2)
+      sum_rows<2, kTail, T>(a, center, e + row * pitch + start, pitch, m, run + row, entry + start,
+                            place + row * n + start, n, row == 0, row + 2 == rows, band, s);
+    if (row < rows)
+      sum_rows<1, kTail, T>(a, center, e + row * pitch + start, pitch, m, run + row, entry + start,
+                            place + row * n + start, n, row == 0, true, band, s);
+  }
+}
+
+template <class T, class A>
+void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center, BackwardSums s) {
+  const Elements<A> a = elements;
+  with_tail(a, [&](auto tail) NK_INLINED {
+    constexpr Tail kTail = decltype(tail)::value;
+    if (!lookup.by_element) {
+      return for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry, int64_t place) NK_INLINED {
+        double all, all_xhat;
+        sum_piece<kTail, T>(a, center, e, n, run, entry, place, all, all_xhat);
+        const double w = a.weight[entry];
+        if (s.g) {
+          s.g[run] += w * all;
+          s.g_xhat[run] += w * all_xhat;
+        }
+        if (s.dweight) {
+          s.dbias[entry - s.origin] += all;
+          s.dweight[entry - s.origin] += all_xhat;
+        }
+      });
+    }
+    Cursor cursor(lookup);
+    for (int64_t line = 0; line < r.lines; ++line) {
+      for (int64_t run = 0; run < r.count;) {
+        int64_t e = r.first + line * r.stride + run * r.pitch, place = (line * r.count + run) * r.length;
+        cursor.seek(e);
+        if (r.pitch == lookup.length && cursor.left >= r.length) {
+          int64_t rows = lookup.rows - cursor.row;
+          if (rows > r.count - run) rows = r.count - run;
+          if (rows > kBand) rows = kBand;
+          sum_band<kTail, T>(a, center, e, r.pitch, r.length, rows, run, cursor.entry, place, s);
+          cursor.next_rows(rows);
+          cursor.at += rows * r.pitch;
+          run += rows;
+          continue;
+        }
+        for (const int64_t end = e + r.length; e < end;) {
+          const int64_t n = cursor.left < end - e ? cursor.left : end - e;
+          sum_band<kTail, T>(a, center, e, 0, n, 1, run, cursor.entry, place, s);
+          cursor.advance(n);
+          e += n;
+          place += n;
+        }
+        ++run;
+      }
+    }
+  });
+}
+
+// Weights by line: xhat is (x - mean)*scale + shift.
+template <class T, class A>
+void sums_lines(const Elements<A>& elements, const Columns& c, Center<A> center, BackwardSums s) {
+  const Elements<A> a = elements;
+  for (int64_t line = 0; line < c.lines; ++line) {
+    const Pack<A> weight = fill(a.weight[line]), bias = fill(a.bias[line]);
+    Doubles all = fill(0.0), all_xhat = all;
+    for (int64_t j = 0; j < c.width; j += kLanes) {
+      const int64_t n = c.width - j < kLanes ? c.width - j : int64_t(kLanes), e = c.first + line * c.stride + j;
+      const Pack<A> xhat = fma(load_some<A>(static_cast<const T*>(a.x) + e, n) - load_some<A>(center.mean + j, n),
+                               load_some<A>(center.scale + j, n), load_some<A>(center.shift + j, n));
+      const Pack<A> dz = dz_of<Tail::any, T>(a, e, n, load_some<A>(static_cast<const T*>(a.dy) + e, n),
+                                             [&]() NK_INLINED { return fma(xhat, weight, bias); });
+      keep<Tail::any>(a, e - c.first, n, dz);
+      const Doubles wide = convert<double>(dz), wide_xhat = convert<double>(xhat), g = convert<double>(dz * weight);
+      all = all + wide;
+      all_xhat = fma(wide, wide_xhat, all_xhat);
+      store_some(s.g + j, load_some<double>(s.g + j, n) + g, n);
+      store_some(s.g_xhat + j, fma(g, wide_xhat, load_some<double>(s.g_xhat + j, n)), n);
+    }
+    if (s.dweight) {
+      s.dbias[line] += total(all);
+      s.dweight[line] += total(all_xhat);
+    }
+  }
+}
+
+template <class T, class A>
+void sums_columns(const Elements<A>& elements, const Columns& c, Center<A> center, BackwardSums s) {
+  if (elements.by_line) return sums_lines<T>(elements, c, center, s);
+  const Elements<A> a = elements;
+  with_tail(a, [&](auto tail) NK_INLINED {
+    constexpr Tail kTail = decltype(tail)::value;
+    constexpr int kStep = 8;
+    for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t left, int64_t e, int64_t lines) NK_INLINED {
+      fetch_strip<kStep>(static_cast<const T*>(a.x) + e, j, c);
+      fetch_strip<kStep>(static_cast<const T*>(a.dy) + e, j, c);
+      const Pack<A> mean = load_some<A>(center.mean + j, n), rstd = load_some<A>(center.rstd + j, n);
+      Pack<A> sum = fill(A(0)), sum_xhat = sum;
+      const auto step = [&](int64_t line) NK_INLINED {
+        const int64_t at = e + line * c.stride;
+        const Pack<A> d = load_some<A>(static_cast<const T*>(a.x) + at, n) - mean;
+        const Pack<A> dz = dz_of<kTail, T>(
+            a, at, n, load_some<A>(static_cast<const T*>(a.dy) + at, n),
+            [&]() NK_INLINED { return fma(d, load_some<A>(center.scale + j, n), load_some<A>(center.shift + j, n)); });
+        keep<kTail>(a, at - c.first, n, dz);
+        sum = sum + dz;
+        sum_xhat = fma(dz, d * rstd, sum_xhat);
+      };
+      if (lines == kStep) {
+#pragma GCC unroll 8
+        for (int64_t line = 0; line < kStep; ++line) step(line);
+      } else {
+        for (int64_t line = 0; line < lines; ++line) step(line);
+      }
+      if (left != kLanes) {
+        sum = last_lanes(sum, left);
+        sum_xhat = last_lanes(sum_xhat, left);
+      }
+      store_some(s.g + j, load_some<double>(s.g + j, n) + convert<double>(sum), n);
+      store_some(s.g_xhat + j, load_some<double>(s.g_xhat + j, n) + convert<double>(sum_xhat), n);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace normkern::cpu::NK_ISA
