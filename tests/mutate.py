@@ -68,7 +68,7 @@ EQUIVALENT = {
     "vec.cuh: const int64_t from = aligned > begin": SAME,
     "team.cuh: for (int first = first_line(); first < s.lines;": "line_end is called for lines beyond the last anyway",
     "team.cuh: return line < s.lines && left < s.end && (begin": "a block without columns has runs of whole accesses",
-    "fused.cuh: if (i < own.n) shift[i] = A(to_float(f.element": "a shift behind a thread's own columns is not used",
+    "fused.cuh: if (i < own.n) shift[i] = A(to_float(f.element": "not used, and read from the unit's next line",
     "fused.cuh: for (int i = 0; i < N; ++i) sum[i] = squares[i]": REGISTERS,
     "fused.cuh: for (int i = 0; i < N; ++i) {": REGISTERS,
     "fused.cuh: finish(i, exact, var < 0": SAME,
