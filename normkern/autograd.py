@@ -123,7 +123,8 @@ def gradients(
     added to dx. A mask, uint8, takes the place of the residual."""
     if x.stride() != strides:  # a hook on saved tensors may have brought it back otherwise
         x = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
-        residual = None if residual is None or _is_mask(residual) else same_buffer(residual, x)
+        if residual is not None and not _is_mask(residual):
+            residual = same_buffer(residual, x)
     if _must_be_differentiable(dy):
         dx, *others = _differentiable_backward(problem, wanted, dy, x, weight, bias, residual, mean, var)
         return dx if dx is None or dtotal is None else dx + dtotal, *others

@@ -26,6 +26,10 @@ from normkern._host import (
 )
 
 from normkern.explain import CHIPS as KNOWN_CHIPS
+from normkern.problem import Act as PythonAct
+from normkern.problem import Domain as PythonDomain
+from normkern.problem import Moments as PythonMoments
+from normkern.problem import Problem as PythonProblem
 
 CHIPS = {name: chip.described() for name, chip in KNOWN_CHIPS.items()}
 L4, A100, H200 = CHIPS["L4"], CHIPS["A100"], CHIPS["H200"]
@@ -54,8 +58,8 @@ def batch_last(n: int, c: int, s: int) -> Pair:
     return (1, n * s, c, 1), (1, n * s, c, 1)
 
 
-def problem(pair: Pair, dtype: DType, moments: Moments = Moments.mean_var) -> Problem:
-    return Problem(Domain(*pair[0]), Domain(*pair[1]), moments, Act.none, dtype, 1e-5)
+def problem(pair: Pair, dtype: DType, moments: Moments = Moments.mean_var, act: Act = Act.none) -> Problem:
+    return Problem(Domain(*pair[0]), Domain(*pair[1]), moments, act, dtype, 1e-5)
 
 
 def launch_text(launch: Launch) -> str:
@@ -307,6 +311,7 @@ def requests() -> st.SearchStrategy[Request]:
         affine_grads=st.booleans(),
         strategy=st.sampled_from(list(Strategy)),
         add=st.booleans(),
+        mask=st.booleans(),
     )
 
 
@@ -326,6 +331,7 @@ def check_team(p: Problem, plan: Plan, request: Request, gpu: Gpu) -> None:
     size, streams = SIZES[p.dtype], 2 if request.pass_ == Pass.backward else 1
     if team.walk == Walk.columns:
         assert team.columns % d.cols == 0, "whole groups"
+        assert d.rows >= 2, "what lies behind a unit's first line is its second"
         unit = d.rows * team.columns
     else:
         unit = d.rows * d.cols
@@ -385,7 +391,7 @@ def test_every_plan(pair: Pair, dtype: DType, moments: Moments, request: Request
     assert plan.bytes_read >= read * tensor
     assert plan.bytes_written >= written * tensor
     if not split and plan.affine.launch.blocks == 0:
-        side = 2 * p.affine.groups() * 8 * 2 + 2 * groups * 8 + plan.workspace_bytes
+        side = 2 * p.affine.groups() * 8 * 2 + 2 * groups * 8 + plan.workspace_bytes + request.mask * (tensor // 16 + 1)
         assert plan.bytes_read <= read * tensor + side, "one read"
         assert plan.bytes_written <= written * tensor + side
 
@@ -397,6 +403,44 @@ BIG_AND_SMALL = (
     batch(256, 64, 12544), batch(256, 256, 3136), batch(256, 512, 784), batch(256, 1024, 196), batch(256, 2048, 49),
     batch_last(256, 256, 196), batch_last(256, 1024, 196), batch_last(256, 2048, 49),
 )  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(pairs(), st.sampled_from(list(DType)), st.sampled_from(list(Moments)), st.booleans(), gpus())
+def test_a_mask_costs_no_plan(pair: Pair, dtype: DType, moments: Moments, backward: bool, gpu: Gpu) -> None:
+    """Where normkern.problem says that it can be left, every strategy but warp on lines of many groups can leave it;
+    the plan differs in a byte of the mask for 16 bytes of x, read as often as x is in the backward pass."""
+    domains = [PythonDomain(*extents) for extents in pair]
+    if not PythonProblem(*domains, PythonMoments(int(moments)), PythonAct.relu).can_mask(SIZES[dtype]):
+        return
+    p = problem(pair, dtype, moments, Act.relu)
+    mask = -(-math.prod(pair[0]) * SIZES[dtype] // 16)
+    for strategy in Strategy:
+        if strategy == Strategy.warp and p.stats.simplify().rows > 1:
+            continue
+        plain, masked = (
+            make_plan(
+                p,
+                Request(Pass.backward if backward else Pass.forward, affine_grads=backward, strategy=strategy, mask=m),
+                gpu,
+            )
+            for m in (False, True)
+        )
+        assert text(masked) == text(plain)
+        sweeps = (masked.reduce.launch.blocks > 0) + (masked.affine.launch.blocks > 0) + 1 if backward else 0
+        spared = math.prod(pair[0]) * SIZES[dtype] if backward and moments == Moments.given else 0
+        assert masked.bytes_read - plain.bytes_read == sweeps * mask - spared
+        assert masked.bytes_written - plain.bytes_written == (0 if backward else mask)
+
+
+def test_a_mask_is_left_by_whole_accesses_alone() -> None:
+    """Else `split`, whose map writes the buffer in whole accesses whatever the groups are; 14 x 14 images in halves."""
+    p = problem(batch(256, 1024, 196), DType.bf16, act=Act.relu)
+    assert make_plan(p, Request(), H200).strategy != Strategy.split
+    assert make_plan(p, Request(mask=True), H200).strategy == Strategy.split
+    assert make_plan(p, Request(Pass.backward, mask=True), H200).strategy != Strategy.split
+    wide = problem(batch(256, 1024, 196), DType.f32, act=Act.relu)
+    assert make_plan(wide, Request(mask=True), H200).strategy != Strategy.split
 
 
 @pytest.mark.parametrize("pass_", [Pass.forward, Pass.backward])

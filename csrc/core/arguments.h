@@ -46,8 +46,8 @@ struct ForwardArgs {
   double* mean_out = nullptr;      // [stats.groups()], mean_var only
   double* var_out = nullptr;       // [stats.groups()], biased variance, or the second moment
   Running running;                 // mean_var only; on CUDA every statistics group must be a channel
-  // [mask_bytes()], CUDA and relu only: a bit for each element, whether its gradient passes. Bits are those of
-  // neighbours from the lowest up, and a byte has as many as an access has elements.
+  // [mask_bytes()], CUDA and relu only: a bit for each element, whether its gradient passes. A byte has those of a
+  // whole access, its first element's lowest; other bits say nothing.
   unsigned char* mask_out = nullptr;
 };
 
@@ -64,16 +64,17 @@ inline bool moves_parameters(const ForwardArgs& a, int64_t channels) {
 
 // dx is the gradient that comes through y, plus `dtotal`, which reached x past the norm.
 struct BackwardArgs {
-  const void* dy = nullptr;             // [numel]
-  const void* dtotal = nullptr;         // [numel], excluded by given moments
-  const void* x = nullptr;              // [numel]
-  Param weight, bias;                   // [affine.groups()]; bias and residual only matter under an activation
-  const void* residual = nullptr;       // [numel]
-  Param mean, var;                      // [stats.groups()], what forward wrote or was given
-  void* dx = nullptr;                   // [numel]
-  Grad dweight, dbias;                  // [affine.groups()]
-  void* dresidual = nullptr;            // [numel]
-  const unsigned char* mask = nullptr;  // what forward left, in place of the residual
+  const void* dy = nullptr;        // [numel]
+  const void* dtotal = nullptr;    // [numel], excluded by given moments
+  const void* x = nullptr;         // [numel]
+  Param weight, bias;              // [affine.groups()]; bias and residual only matter under an activation
+  const void* residual = nullptr;  // [numel]
+  Param mean, var;                 // [stats.groups()], what forward wrote or was given
+  void* dx = nullptr;              // [numel]
+  Grad dweight, dbias;             // [affine.groups()]
+  void* dresidual = nullptr;       // [numel]
+  // In place of the residual, what forward left as mask_out.
+  const unsigned char* mask = nullptr;
 };
 
 struct MomentsArgs {

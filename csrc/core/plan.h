@@ -389,7 +389,7 @@ constexpr Plan choose_fused(const Problem& p, const Request& request, int vec, c
   return plan.strategy == Strategy::split ? widest : plan;
 }
 
-// The bytes a plan moves, residual and running statistics left out, weight and bias counted in the dtype of x.
+// The bytes a plan moves, a mask but no residual or running statistics, weight and bias counted in the dtype of x.
 constexpr void count_bytes(const Problem& p, const Request& request, Plan& plan) {
   const int64_t tensor = p.stats.numel() * size_of(p.dtype), params = 2 * p.affine.groups() * size_of(p.dtype);
   const int64_t moments = 2 * p.stats.groups() * int64_t(sizeof(double));
