@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import or_skip
+from conftest import Setup, or_skip
 from emulator.backend import MEDIUM, SMALL, STRATEGIES, TINY, EmulatedBackend, Gpu
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -131,6 +131,28 @@ def test_the_bits_are_those_of_the_residual(strategy: str, dtype: torch.dtype) -
         assert (torch.uint8, -(-tensors[0].nbytes // 16)) in masked, name
         assert (dtype, tensors[3].nbytes) in [kept for kept in plain if kept not in masked or plain.count(kept) > 1]
         assert sum(n for _, n in plain) - sum(n for _, n in masked) == tensors[3].nbytes - -(-tensors[3].nbytes // 16)
+
+
+@pytest.mark.parametrize("name", ["batch", "batch last", "layer"])
+def test_every_backend_keeps_one_or_the_other(backend: Setup, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where masks are left they change nothing; z is far from 0, where two programs might round to two signs."""
+    x, weight, bias, residual, dy = (t.nan_to_num().to(backend.device) for t in inputs(name, torch.float32))
+    residual = 16 * (residual + 0.5).sign()
+    kind = type(BACKENDS[backend.name])
+    leaves_masks = hasattr(kind, "masks") and BACKENDS[backend.name].masks(x)  # type: ignore[attr-defined]
+    outcomes = []
+    for on in (leaves_masks, False):
+        if hasattr(kind, "masks"):
+            monkeypatch.setattr(kind, "masks", lambda self, x, on=on: on)
+        own = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
+        with saved_bytes() as seen:
+            y = CASES[name][0](*own)
+        kept = (torch.uint8, residual.nbytes // 16) if on else (torch.float32, residual.nbytes)
+        assert seen.count(kept) == (1 if on else 2), seen
+        outcomes.append([y, *torch.autograd.grad(y, own, dy)])
+    assert_close(
+        *outcomes, rtol=1e-5, atol=1e-5
+    )  # a forced strategy may give way to split, which sums in another order
 
 
 def test_which_gradients_pass() -> None:

@@ -264,7 +264,8 @@ GOLDEN = [
 
 @pytest.mark.parametrize(("chip", "pair", "dtype", "pass_", "expected", "read", "written"), GOLDEN)
 def test_plan_of(chip: str, pair: Pair, dtype: str, pass_: str, expected: str, read: float, written: float) -> None:
-    request = Request(pass_=Pass[pass_], affine_grads=pass_ == "backward")
+    name, _, masked = pass_.partition(" ")
+    request = Request(pass_=Pass[name], affine_grads=name == "backward", mask=bool(masked))
     plan = make_plan(problem(pair, DType[dtype]), request, CHIPS[chip])
     assert text(plan) == expected
     tensor = math.prod(pair[0]) * SIZES[DType[dtype]]
