@@ -91,7 +91,7 @@ def text(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-# The last two columns: bytes read and written, in tensors.
+# The last two columns: bytes read and written, in tensors. "masked": of relu after a residual, with a mask.
 GOLDEN = [
     ("H200", layer(16384, 4096), "bf16", "forward",
      "block v8, 1 x 128x1, 2112x128+8192", 1.0, 1.0),
@@ -259,6 +259,24 @@ GOLDEN = [
      "warp v4, 1 x 8x1 x 48 seats sums by column two stages, 58x384+73728", 2.06, 1.0),
     ("B200", layer(1024, 12288), "f32", "backward",
      "cluster v4, 4 x 192x1 sums by column, 296x192+49184", 2.15, 1.15),
+    ("H200", batch(256, 64, 3136), "bf16", "forward masked",
+     "cluster v8, 8 x 32x16, 128x512+213024", 1.0, 1.06),
+    ("H200", batch(256, 64, 3136), "bf16", "backward masked",
+     "subgrid v8, 22 x 32x12 sums by group, 132x384+159744", 2.06, 1.0),
+    ("H100", batch_last(256, 64, 3136), "bf16", "forward masked",
+     "split v8, reduce columns/528 528x256+38912, map 1056x256", 2.01, 1.07),
+    ("H100", batch_last(256, 64, 3136), "bf16", "backward masked",
+     "split v8, reduce columns/528 528x256+20480, map 1056x256", 4.13, 1.01),
+    ("H200", batch_last(256, 1024, 196), "f16", "forward masked",
+     "subgrid v8, 16 x 4x64 columns, 128x256+225280", 1.0, 1.06),
+    ("H200", batch_last(256, 1024, 196), "f16", "backward masked",
+     "subgrid v8, 33 x 4x64 columns sums by group, 132x256+221184", 2.06, 1.0),
+    ("H200", batch(256, 1024, 196), "bf16", "forward masked",
+     "split v8, reduce rows/2 2048x512, map 1056x256", 2.0, 1.06),
+    ("A100", group(2, 320, 4096, 32), "f32", "forward masked",
+     "block v4, 1 x 512x1, 64x512+163840", 1.0, 1.06),
+    ("L4", layer(4096, 1024), "f64", "backward masked",
+     "block v2, 1 x 128x1 sums by column two stages, 116x128+49152", 2.12, 1.06),
 ]  # fmt: skip
 
 
