@@ -170,6 +170,21 @@ def test_which_gradients_pass() -> None:
         assert_close(y, residual.relu(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lines_that_begin_inside_of_a_byte(strategy: str) -> None:
+    """Nobody asks for such a mask (Problem.can_mask), and yet every byte of it has one writer."""
+    lines, weights = Domain(1, 4, 3, 35), Domain(1, 4, 3, 35)
+    rows, columns = Domain(12, 1, 1, 35), Domain(1, 12, 35, 1)
+    for stats, affine in ((lines, weights), (rows, columns)):
+        x, residual = (torch.randn(420, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (1, 2))
+        backend = emulated(strategy, MEDIUM)
+        y, _, _, mask = backend.masked_forward(
+            Problem(stats, affine, Moments.mean_var, Act.relu), x, None, None, residual, None, None, None
+        )
+        assert [int(mask[i // 8]) >> i % 8 & 1 for i in range(420)] == (y > 0).tolist()
+        assert backend.plan.strategy_name == "split"
+
+
 @pytest.mark.parametrize("name", ["batch", "batch last", "group last", "layer"])
 def test_off_16_byte_boundaries(name: str) -> None:
     """Forward copies what is not on one; backward reads masks in single elements, too."""
