@@ -266,8 +266,9 @@ def test_running_statistics_that_are_weights() -> None:
 def from_operator(*arguments: Any) -> tuple[Tensor, ...]:
     x, weight, bias, residual, mean, var, running_mean, running_var, stats, affine, moments, eps, momentum = arguments
     problem = Problem(Domain(*stats), Domain(*affine), Moments(moments), Act.relu, eps)
-    if running_mean is not None:
-        return emulated().masked_forward(problem, x, weight, bias, residual, running_mean, running_var, momentum)
+    if running_mean is not None:  # .data: that they are written is for the caller to say
+        running = running_mean.data, running_var.data
+        return emulated().masked_forward(problem, x, weight, bias, residual, *running, momentum)
     return emulated().masked_forward(problem, x, weight, bias, residual, mean, var, None)
 
 
@@ -319,6 +320,17 @@ def test_compiled(operators: None, name: str) -> None:
             assert any(dtype == torch.uint8 for dtype, _ in seen)
             outcomes.append([y, *torch.autograd.grad(y, own, tensors[4])])
     assert_close(*outcomes, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_native
+def test_running_statistics_count_as_written(operators: None) -> None:
+    x, residual = torch.randn(3, 8, 4, 5).requires_grad_(), torch.randn(3, 8, 4, 5)
+    running = torch.zeros(8), torch.ones(8)
+    with normkern.use_backend("native"), saved_bytes() as seen:
+        normkern.batch_norm(x, *running, training=True, residual=residual, act="relu")
+    assert any(dtype == torch.uint8 for dtype, _ in seen)
+    assert [t._version for t in running] == [1, 1]
+    assert_close(running[0], 0.1 * x.detach().mean((0, 2, 3)))
 
 
 @needs_native
