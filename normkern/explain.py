@@ -103,8 +103,8 @@ class PlannedPass:
             f"workspace {_bytes(plan.workspace_bytes)}"
         )
         if self.masked:
-            kept = "leaves" if self.name == "forward" else "reads"
-            text += f"; {kept} a bit for each element in place of the residual"
+            does = "leaves" if self.name == "forward" else "reads"
+            text += f"; {does} a bit for each element in place of the residual"
         if self.chip.bandwidth is not None:
             text += f"; at least {moved / self.chip.bandwidth * 1e6:.3g} us at {self.chip.bandwidth / 1e12:g} TB/s"
         return text

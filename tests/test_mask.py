@@ -125,7 +125,7 @@ def test_the_bits_are_those_of_the_residual(strategy: str, dtype: torch.dtype) -
         if strategy == "warp" and CASES[name][2]:  # no whole accesses: it takes another strategy than without masks
             continue
         tensors = inputs(name, dtype)
-        gpu = (SMALL, TINY, MEDIUM)[number % 3]
+        gpu = (SMALL, TINY)[number // 2 % 2]
         want, plain = results(emulated(strategy, gpu, masks=False), name, tensors)
         got, masked = results(emulated(strategy, gpu), name, tensors)
         for one, two in zip(got, want, strict=True):

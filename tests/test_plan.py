@@ -425,31 +425,26 @@ BIG_AND_SMALL = (
 
 
 @settings(max_examples=300, deadline=None)
-@given(pairs(), st.sampled_from(list(DType)), st.sampled_from(list(Moments)), st.booleans(), gpus())
-def test_a_mask_costs_no_plan(pair: Pair, dtype: DType, moments: Moments, backward: bool, gpu: Gpu) -> None:
+@given(pairs(), st.sampled_from(list(DType)), st.sampled_from(list(Moments)), requests(), gpus())
+def test_a_mask_costs_no_plan(pair: Pair, dtype: DType, moments: Moments, request: Request, gpu: Gpu) -> None:
     """Where normkern.problem says that it can be left, every strategy but warp on lines of many groups can leave it;
     the plan differs in a byte of the mask for 16 bytes of x, read as often as x is in the backward pass."""
-    domains = [PythonDomain(*extents) for extents in pair]
-    if not PythonProblem(*domains, PythonMoments(int(moments)), PythonAct.relu).can_mask(SIZES[dtype]):
-        return
+    asked = PythonProblem(*(PythonDomain(*d) for d in pair), PythonMoments(int(moments)), PythonAct.relu)
     p = problem(pair, dtype, moments, Act.relu)
-    mask = -(-math.prod(pair[0]) * SIZES[dtype] // 16)
-    for strategy in Strategy:
-        if strategy == Strategy.warp and p.stats.simplify().rows > 1:
-            continue
-        plain, masked = (
-            make_plan(
-                p,
-                Request(Pass.backward if backward else Pass.forward, affine_grads=backward, strategy=strategy, mask=m),
-                gpu,
-            )
-            for m in (False, True)
-        )
-        assert text(masked) == text(plain)
-        sweeps = (masked.reduce.launch.blocks > 0) + (masked.affine.launch.blocks > 0) + 1 if backward else 0
-        spared = math.prod(pair[0]) * SIZES[dtype] if backward and moments == Moments.given else 0
-        assert masked.bytes_read - plain.bytes_read == sweeps * mask - spared
-        assert masked.bytes_written - plain.bytes_written == (0 if backward else mask)
+    warp = request.strategy == Strategy.warp and p.stats.simplify().rows > 1
+    if request.pass_ == Pass.moments or not asked.can_mask(SIZES[dtype]) or warp:
+        return
+    backward = request.pass_ == Pass.backward
+    plain, masked = (
+        make_plan(p, Request(request.pass_, True, request.affine_grads, request.strategy, mask=mask), gpu)
+        for mask in (False, True)
+    )
+    assert text(masked) == text(plain)
+    tensor = math.prod(pair[0]) * SIZES[dtype]
+    mask, sweeps = -(-tensor // 16), 1 + sum(r.launch.blocks > 0 for r in (masked.reduce, masked.affine))
+    spared = tensor if moments == Moments.given else 0
+    assert masked.bytes_read - plain.bytes_read == (sweeps * mask - spared if backward else 0)
+    assert masked.bytes_written - plain.bytes_written == (0 if backward else mask)
 
 
 def test_a_mask_is_left_by_whole_accesses_alone() -> None:

@@ -105,8 +105,8 @@ struct Cuda {
   static constexpr bool kMasks = true;
 
   // t, or a copy of it on a 16-byte boundary.
-  static Tensor aligned(const Tensor& t) {
-    if (bind::aligned({t.const_data_ptr()})) return t;
+  static Tensor at_a_boundary(const Tensor& t) {
+    if (aligned({t.const_data_ptr()})) return t;
     const int device = t.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     const Tensor copy = new_like(t);

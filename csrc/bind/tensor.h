@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_forward(const Tensor& any_x, c
                                                           double eps, double momentum) {
   const Problem p = problem_of(any_x, stats, affine, moments, int64_t(Act::relu), eps);
   // Only whole accesses write masks.
-  const Tensor x = Device::aligned(any_x), residual = Device::aligned(any_residual);
+  const Tensor x = Device::at_a_boundary(any_x), residual = Device::at_a_boundary(any_residual);
   ForwardArgs a = forward_args_of(p, x, residual, mean, var);
   if (running_mean && running_var) {
     STD_TORCH_CHECK(p.moments == Moments::mean_var && p.stats == p.affine,

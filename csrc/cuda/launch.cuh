@@ -38,7 +38,7 @@ class Launcher {
         stream_(stream) {}
 
   int forward(const ForwardArgs& a) const {
-    if (a.mask_out && !can_mask(p_, plan_)) return 1;  // cudaErrorInvalidValue
+    if (a.mask_out && !can_mask(p_, plan_)) return 1;  // cudaErrorInvalidValue: its bytes would be shared
     const Affine<T> affine = affine_of(a);
     if (fused()) return fused_moments(a, affine);
     if (p_.moments == Moments::given)
