@@ -1,12 +1,14 @@
 """autograd.py: gradients for every norm.
 
-One autograd.Function around a backend's forward and backward. Nothing but x, the moments and the parameters is saved;
-a backward that has to be differentiable itself goes through the eager formula.
+One autograd.Function around a backend's forward and backward. Nothing but x, the moments and the parameters is saved,
+and with an activation after a residual that residual, or relu's mask where the backend leaves one; a backward that has
+to be differentiable itself goes through the eager formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkern import aten
-from normkern.backends import Backend, MovingBackend, eager, select
-from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Act, Domain, Moments, Problem
+from normkern.backends import Backend, MaskingBackend, MovingBackend, eager, select
+from normkern.problem import MASKED, NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Act, Domain, Moments, Problem
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -41,13 +43,19 @@ class _Normalize(torch.autograd.Function):
         var: Tensor | None,
         momentum: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, group_mean, group_var = _forward(backend, problem, x, weight, bias, residual, mean, var, True, momentum)
+        # The backward pass sees z again only where an activation follows.
+        used = residual if problem.act != Act.none else None
+        if residual is not None and _leaves_mask(backend, problem, x):
+            masking = cast(MaskingBackend, backend)
+            y, group_mean, group_var, used = masking.masked_forward(
+                problem, x, weight, bias, residual, mean, var, momentum
+            )
+        else:
+            y, group_mean, group_var = _forward(backend, problem, x, weight, bias, residual, mean, var, True, momentum)
         if problem.moments == Moments.mean_var:
             mean, var = group_mean, group_var
         elif problem.moments == Moments.second:
             mean, var = None, group_var
-        # The backward pass sees z again only where an activation follows.
-        used = residual if problem.act != Act.none else None
         ctx.save_for_backward(x, weight, bias, used, mean, var)
         ctx.mark_non_differentiable(group_mean, group_var)
         ctx.set_materialize_grads(False)
@@ -62,6 +70,21 @@ class _Normalize(torch.autograd.Function):
             return (None,) * 9
         got = gradients(ctx.problem, ctx.backend, ctx.needs_input_grad[2:6], dy, ctx.strides, *ctx.saved_tensors)
         return None, None, *got, None, None, None
+
+
+def _leaves_mask(backend: Backend, problem: Problem, x: Tensor) -> bool:
+    return hasattr(backend, "masks") and backend.masks(x) and problem.can_mask(x.element_size())
+
+
+def _is_mask(residual: Tensor) -> bool:
+    return residual.dtype is torch.uint8
+
+
+def _passed(mask: Tensor, x: Tensor) -> Tensor:
+    """The bits of a mask as a bool tensor like x."""
+    together = MASKED // x.element_size()
+    bits = mask.unsqueeze(1) >> torch.arange(together, dtype=torch.uint8, device=mask.device) & 1
+    return bits.flatten().to(torch.bool).as_strided(x.shape, x.stride())
 
 
 def _forward(
@@ -97,10 +120,11 @@ def gradients(
     dtotal: Tensor | None = None,
 ) -> _Grads:
     """dx, dweight, dbias, dresidual where `wanted`; `strides` are those that x had in the forward pass. `dtotal` is
-    added to dx."""
+    added to dx. A mask, uint8, takes the place of the residual."""
     if x.stride() != strides:  # a hook on saved tensors may have brought it back otherwise
         x = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
-        residual = None if residual is None else same_buffer(residual, x)
+        if residual is not None and not _is_mask(residual):
+            residual = same_buffer(residual, x)
     if _must_be_differentiable(dy):
         dx, *others = _differentiable_backward(problem, wanted, dy, x, weight, bias, residual, mean, var)
         return dx if dx is None or dtotal is None else dx + dtotal, *others
@@ -152,6 +176,9 @@ def _differentiable_backward(
 ) -> _Grads:
     """dx, dweight, dbias, dresidual as functions that can be differentiated again."""
     create_graph = torch.is_grad_enabled()
+    if residual is not None and _is_mask(residual):  # relu's own derivative is constant
+        dy, residual = torch.where(_passed(residual, x), dy, 0), None
+        problem = replace(problem, act=Act.none)
     inputs = [x, weight, bias, residual]
     targets = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
     gradients: Iterator[Tensor] = iter(())

@@ -82,6 +82,7 @@ class PlannedPass:
     name: str
     plan: Any
     chip: Chip
+    masked: bool = False
 
     def __str__(self) -> str:
         plan = self.plan
@@ -101,6 +102,9 @@ class PlannedPass:
             f"          reads {_bytes(plan.bytes_read)}, writes {_bytes(plan.bytes_written)}, "
             f"workspace {_bytes(plan.workspace_bytes)}"
         )
+        if self.masked:
+            does = "leaves" if self.name == "forward" else "reads"
+            text += f"; {does} a bit for each element in place of the residual"
         if self.chip.bandwidth is not None:
             text += f"; at least {moved / self.chip.bandwidth * 1e6:.3g} us at {self.chip.bandwidth / 1e12:g} TB/s"
         return text
@@ -182,14 +186,16 @@ class _Recorder:
     is_moments = False
     is_sum = False
     has_parameters = False
+    has_residual = False
 
     def why_not(self, x: Tensor) -> str | None:
         return None
 
     def forward(
-        self, problem: Problem, x: Tensor, weight: Tensor | None, bias: Tensor | None, *_: Any
+        self, problem: Problem, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Any = None, *_: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         self.seen = problem, x
+        self.has_residual = residual is not None
         self.has_parameters = weight is not None or bias is not None
         moments = x.new_empty(problem.stats.groups, dtype=torch.float64)
         return torch.empty_like(x), moments, moments.clone()
@@ -243,18 +249,20 @@ def _chip_of(x: Tensor, gpu: str | Chip | None) -> Chip | None:
     )
 
 
-def _planned(name: str, problem: Problem, x: Tensor, chip: Chip, affine_grads: bool, add: bool) -> PlannedPass:
+def _planned(name: str, problem: Problem, x: Tensor, chip: Chip, recorder: _Recorder) -> PlannedPass:
+    mask = recorder.has_residual and problem.can_mask(x.element_size())
     domains = [_host.Domain(d.batch, d.rows, d.keep, d.cols) for d in (problem.stats, problem.affine)]
     dtype = getattr(_host.DType, _DTYPES[x.dtype])
     described = _host.Problem(*domains, problem.moments, problem.act, dtype, problem.eps)
     request = _host.Request(
         pass_=getattr(_host.Pass, name),
         aligned=True,
-        affine_grads=affine_grads,
+        affine_grads=recorder.has_parameters,
         strategy=_host.Strategy.automatic,
-        add=add,
+        add=recorder.is_sum,
+        mask=mask,
     )
-    return PlannedPass(name, _host.make_plan(described, request, chip.described()), chip)
+    return PlannedPass(name, _host.make_plan(described, request, chip.described()), chip, mask)
 
 
 def explain(op: str, input: Tensor, *args: Any, gpu: str | Chip | None = None, **kwargs: Any) -> Explanation:
@@ -283,7 +291,7 @@ def explain(op: str, input: Tensor, *args: Any, gpu: str | Chip | None = None, *
         reason = "the planner is not built (normkern._host is missing)"
         return Explanation(call, chosen, why_not, problem, copied, chip, no_plan=reason, on_gpu=on_gpu)
     names = ("moments",) if recorder.is_moments else ("forward", "backward")
-    passes = tuple(_planned(name, problem, x, chip, recorder.has_parameters, recorder.is_sum) for name in names)
+    passes = tuple(_planned(name, problem, x, chip, recorder) for name in names)
     return Explanation(call, chosen, why_not, problem, copied, chip, passes, on_gpu=on_gpu)
 
 

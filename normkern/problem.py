@@ -38,6 +38,9 @@ class Act(enum.IntEnum):
     leaky_relu = 4
 
 
+# Bytes of x to a byte of a mask; the layout is in csrc/core/arguments.h.
+MASKED = 16
+
 # Bits of a backward pass: which gradients are wanted.
 NEED_DX, NEED_DWEIGHT, NEED_DBIAS, NEED_DRESIDUAL = 1, 2, 4, 8
 
@@ -84,6 +87,22 @@ class Problem:
     act: Act = Act.none
     eps: float = 1e-5
     weight_order: tuple[int, ...] | None = None
+
+    def can_mask(self, itemsize: int) -> bool:
+        """Whether relu's gradient may be kept as a bit for each element, eight or fewer to a byte.
+
+        A byte covers 16 bytes of x (MASKED) and must have one writer, so lines may not begin inside of one: runs are
+        multiples of it, or short ones lie side by side in lines that are.
+        """
+        if self.act != Act.relu:
+            return False
+        if self.moments == Moments.given:
+            return True
+        stats, affine, together = self.stats, self.affine, MASKED // itemsize
+        if stats.rows == 1 or stats.keep == 1:
+            return stats.count % together == 0 and (affine.cols == 1 or affine.cols % together == 0)
+        short = stats.cols * itemsize < 4 * MASKED
+        return stats.cols % together == 0 or (short and stats.keep * stats.cols % together == 0)
 
 
 class Axis(NamedTuple):

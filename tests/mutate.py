@@ -68,7 +68,7 @@ EQUIVALENT = {
     "vec.cuh: const int64_t from = aligned > begin": SAME,
     "team.cuh: for (int first = first_line(); first < s.lines;": "line_end is called for lines beyond the last anyway",
     "team.cuh: return line < s.lines && left < s.end && (begin": "a block without columns has runs of whole accesses",
-    "fused.cuh: if (i < own.n) shift[i] = A(to_float(f.element": "a shift behind a thread's own columns is not used",
+    "fused.cuh: if (i < own.n) shift[i] = A(to_float(f.element": "not used, and read from the unit's next line",
     "fused.cuh: for (int i = 0; i < N; ++i) sum[i] = squares[i]": REGISTERS,
     "fused.cuh: for (int i = 0; i < N; ++i) {": REGISTERS,
     "fused.cuh: finish(i, exact, var < 0": SAME,
@@ -245,6 +245,9 @@ def run_cases() -> int:
         y = normkern.batch_norm(x, *running, w, b, training=True, momentum=0.5)
         return y + sum(running).view(1, -1, 1, 1).to(y.dtype)
 
+    def masked(x, w, b):  # type: ignore[no-untyped-def]
+        return normkern.batch_norm(x, None, None, w, b, training=True, residual=x.detach().sin(), act="relu")
+
     def layer(x, w, b):  # type: ignore[no-untyped-def]
         return normkern.layer_norm(x, (x.shape[-1],), w, b)
 
@@ -259,6 +262,8 @@ def run_cases() -> int:
         ("batch, parts", batch, image(2, 2, 97, 98)),
         ("batch last", batch, image(3, 5, 7, 9, layout=last)),
         ("batch last, parts", batch, image(3, 8, 37, 40, layout=last)),
+        ("batch, mask", masked, image(2, 4, 8, 9)),
+        ("batch last, mask", masked, image(3, 8, 5, 7, layout=last)),
         ("layer", layer, image(70, 131)),
         ("layer, aligned", layer, image(37, 64)),
         ("rms", rms, image(9, 1000)),

@@ -287,6 +287,19 @@ def test_a_sum_and_its_norm_are_one_call(spy: Spy) -> None:
         assert spy.calls == ["forward"]
 
 
+@pytest.mark.skipif(_host is None, reason="normkern._host is not built")
+def test_explain_tells_of_a_mask() -> None:
+    x = torch.randn(4, 16, 8, 8).bfloat16()
+    for residual, act, masked in ((x, "relu", True), (x, "silu", False), (None, "relu", False)):
+        found = normkern.explain("batch_norm", x, None, None, training=True, residual=residual, act=act)
+        plain = normkern.explain("batch_norm", x, None, None, training=True, act=act)
+        assert ("leaves a bit for each element in place of the residual" in str(found)) == masked
+        assert ("reads a bit for each element in place of the residual" in str(found)) == masked
+        forward, backward = (a.plan for a in found.passes)
+        assert forward.bytes_written - plain.passes[0].plan.bytes_written == masked * x.numel() // 8
+        assert backward.bytes_read - plain.passes[1].plan.bytes_read == masked * x.numel() // 8
+
+
 def test_explain_counts_the_streams_of_a_sum() -> None:
     x, weight = torch.randn(64, 768), torch.ones(768)
     alone, of_sum = (

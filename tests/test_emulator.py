@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from emulator.backend import H200, MEDIUM, MODES, SMALL, STRATEGIES, TINY, EmulatedBackend, Gpu, asan_environment, built
 
-from normkern.problem import Domain, Problem
+from normkern.problem import Act, Domain, Problem
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -79,6 +80,9 @@ def every_result(backend: EmulatedBackend, name: str) -> tuple[torch.Tensor, ...
     if name == "batch":
         running = torch.zeros(5), torch.ones(5)
         results += (*backend.batch_forward(problem, x, weight, weight, None, *running, 0.3), *running)
+        relu = replace(problem, act=Act.relu)
+        y, mean, var, mask = backend.masked_forward(relu, x, weight, weight, dy, None, None, None)
+        results += (y, mask, *backend.backward(relu, dy, x, weight, weight, mask, mean, var, 15))
     if name in ("layer", "group last"):
         y, total, mean, var = backend.add_forward(problem, x, dy, weight, weight, True)
         results += (y, total, *backend.add_backward(problem, dy, x, total, weight, weight, mean, var, 7))
@@ -239,6 +243,9 @@ for strategy in STRATEGIES:
             backend.backward(problem, x, x, weight, weight, None, mean, var, 7)
             y, total, mean, var = backend.add_forward(problem, x, x, weight, weight, True)
             backend.add_backward(problem, x, x, total, weight, weight, mean, var, 7)
+            relu = replace(problem, act=Act.relu)
+            y, mean, var, mask = backend.masked_forward(relu, x, weight, weight, x, None, None, None)
+            backend.backward(relu, x, x, weight, weight, mask, mean, var, 15)
 print("done")
 """
     here = str(Path(__file__).parent)

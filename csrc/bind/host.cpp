@@ -173,7 +173,7 @@ void bind_plans(py::module_& m) {
               Field{"max_cluster", &Gpu::max_cluster});
   bind_record(m, "Request", Field{"pass_", &Request::pass}, Field{"aligned", &Request::aligned},
               Field{"affine_grads", &Request::affine_grads}, Field{"strategy", &Request::strategy},
-              Field{"add", &Request::add});
+              Field{"add", &Request::add}, Field{"mask", &Request::mask});
   bind_record(m, "Launch", Field{"blocks", &Launch::blocks}, Field{"threads", &Launch::threads},
               Field{"shared", &Launch::shared});
   bind_record(m, "Reduce", Field{"walk", &Reduce::walk}, Field{"parts", &Reduce::parts},

@@ -7,6 +7,7 @@ namespace normkern::bind {
 namespace {
 
 struct Cpu {
+  static constexpr bool kMasks = false;
   static void run(const Problem& p, const ForwardArgs& a, const Tensor&) {
     cpu::forward(p, a, torch_threads());
     cpu::move_running(p, a);
@@ -31,7 +32,8 @@ __attribute__((visibility("default"))) void normkern_run_on_threads(int64_t task
 }
 
 // stats and affine are [batch, rows, keep, cols]; moments and act are the values of the enums in core/problem.h.
-// What was not asked for comes back as a tensor of size 0.
+// What was not asked for comes back as a tensor of size 0. A mask (core/arguments.h) is uint8; backward takes it in the
+// place of the residual.
 STABLE_TORCH_LIBRARY(normkern, library) {
   library.def(
       "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, "
@@ -41,6 +43,10 @@ STABLE_TORCH_LIBRARY(normkern, library) {
       "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, "
       "SymInt[] stats, SymInt[] affine, int moments, int act, float eps, int needs) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
+  library.def(
+      "masked_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor residual, Tensor? mean, Tensor? var, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, SymInt[] stats, SymInt[] affine, int moments, float eps, "
+      "float momentum) -> (Tensor y, Tensor mean, Tensor var, Tensor mask)");
   library.def(
       "add_forward(Tensor x, Tensor add, Tensor? weight, Tensor? bias, SymInt[] stats, SymInt[] affine, int moments, "
       "float eps, bool save) -> (Tensor y, Tensor total, Tensor mean, Tensor var)");

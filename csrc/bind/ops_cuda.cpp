@@ -74,20 +74,52 @@ bool aligned(std::initializer_list<const void*> buffers) {
 }
 
 Request request_of(const ForwardArgs& a) {
-  return {Pass::forward, aligned({a.x, a.add, a.residual, a.y, a.total}), false, requested_strategy(),
-          a.add != nullptr};
+  return {Pass::forward,
+          aligned({a.x, a.add, a.residual, a.y, a.total}),
+          false,
+          requested_strategy(),
+          a.add != nullptr,
+          a.mask_out != nullptr};
 }
 
 Request request_of(const BackwardArgs& a) {
-  return {Pass::backward, aligned({a.dy, a.dtotal, a.x, a.residual, a.dx, a.dresidual}), a.dweight.data || a.dbias.data,
-          requested_strategy(), a.dtotal != nullptr};
+  return {Pass::backward,
+          aligned({a.dy, a.dtotal, a.x, a.residual, a.dx, a.dresidual}),
+          a.dweight.data || a.dbias.data,
+          requested_strategy(),
+          a.dtotal != nullptr,
+          a.mask != nullptr};
 }
 
 Request request_of(const MomentsArgs& a) { return {Pass::moments, aligned({a.x}), false, requested_strategy()}; }
 
+void check_apart(const Problem& p, const ForwardArgs& a) {
+  STD_TORCH_CHECK(!moves_parameters(a, p.affine.groups()),
+                  "batch_norm: unsupported operation: running_mean or running_var, which are written to, and weight or "
+                  "bias refer to a single memory location; clone() them first");
+}
+template <class Args>
+void check_apart(const Problem&, const Args&) {}
+
 struct Cuda {
+  static constexpr bool kMasks = true;
+
+  // t, or a copy of it on a 16-byte boundary.
+  static Tensor at_a_boundary(const Tensor& t) {
+    if (aligned({t.const_data_ptr()})) return t;
+    const int device = t.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const Tensor copy = new_like(t);
+    const size_t bytes = size_t(t.numel() * size_of(dtype_of(t, "x")));
+    check(cudaMemcpyAsync(copy.mutable_data_ptr(), t.const_data_ptr(), bytes, cudaMemcpyDeviceToDevice,
+                          static_cast<cudaStream_t>(current_cuda_stream(device))),
+          "cannot copy to a 16-byte boundary");
+    return copy;
+  }
+
   template <class Args>
   static void run(const Problem& p, const Args& a, const Tensor& x) {
+    check_apart(p, a);
     const int device = x.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     const Plan plan = plan_for(p, request_of(a), device);
@@ -118,5 +150,6 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(normkern, CUDA, library) {
   normkern::bind::implement<normkern::bind::Cuda>(library);
+  library.impl("masked_forward", TORCH_BOX(&normkern::bind::masked_forward<normkern::bind::Cuda>));
   library.impl("update_running", TORCH_BOX(&normkern::bind::update_running<normkern::bind::Cuda>));
 }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../core/arguments.h"
+#include "../core/walk.h"
 
 namespace normkern::bind {
 
@@ -156,12 +157,9 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Problem& p, ForwardArgs a, 
   return {y, saved.mean, saved.var};
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                           const OptionalTensor& residual, const OptionalTensor& mean,
-                                           const OptionalTensor& var, const Extents& stats, const Extents& affine,
-                                           int64_t moments, int64_t act, double eps, bool save) {
-  const Problem p = problem_of(x, stats, affine, moments, act, eps);
+// `mean` and `var` are read where moments are given.
+inline ForwardArgs forward_args_of(const Problem& p, const Tensor& x, const OptionalTensor& residual,
+                                   const OptionalTensor& mean, const OptionalTensor& var) {
   const bool given = p.moments == Moments::given;
   STD_TORCH_CHECK(!given || (mean && var), "normkern: given moments need mean and var");
   ForwardArgs a;
@@ -170,7 +168,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
     a.mean = param_of(mean, x, p.stats.groups(), "mean");
     a.var = param_of(var, x, p.stats.groups(), "var");
   }
-  return run_forward<Device>(p, a, x, weight, bias, save);
+  return a;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                           const OptionalTensor& residual, const OptionalTensor& mean,
+                                           const OptionalTensor& var, const Extents& stats, const Extents& affine,
+                                           int64_t moments, int64_t act, double eps, bool save) {
+  const Problem p = problem_of(x, stats, affine, moments, act, eps);
+  return run_forward<Device>(p, forward_args_of(p, x, residual, mean, var), x, weight, bias, save);
 }
 
 inline Running running_of(const Tensor& mean, const Tensor& var, const Tensor& x, int64_t channels, int64_t count,
@@ -194,6 +201,29 @@ std::tuple<Tensor, Tensor, Tensor> batch_forward(const Tensor& x, const Optional
   a.residual = same_buffer(residual, x, "residual");
   a.running = running_of(running_mean, running_var, x, p.stats.groups(), p.stats.count(), momentum);
   return run_forward<Device>(p, a, x, weight, bias, true);
+}
+
+// With relu after a residual, and its mask, last. Running statistics, if given, are those of a batch norm and move.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_forward(const Tensor& any_x, const OptionalTensor& weight,
+                                                          const OptionalTensor& bias, const Tensor& any_residual,
+                                                          const OptionalTensor& mean, const OptionalTensor& var,
+                                                          OptionalTensor running_mean, OptionalTensor running_var,
+                                                          const Extents& stats, const Extents& affine, int64_t moments,
+                                                          double eps, double momentum) {
+  const Problem p = problem_of(any_x, stats, affine, moments, int64_t(Act::relu), eps);
+  // Only whole accesses write masks.
+  const Tensor x = Device::at_a_boundary(any_x), residual = Device::at_a_boundary(any_residual);
+  ForwardArgs a = forward_args_of(p, x, residual, mean, var);
+  if (running_mean && running_var) {
+    STD_TORCH_CHECK(p.moments == Moments::mean_var && p.stats == p.affine,
+                    "normkern: running statistics that move are of a batch norm");
+    a.running = running_of(*running_mean, *running_var, x, p.stats.groups(), p.stats.count(), momentum);
+  }
+  const Tensor mask = new_vector(x, mask_bytes(p), aoti_torch_dtype_uint8());
+  a.mask_out = static_cast<unsigned char*>(mask.mutable_data_ptr());
+  const auto [y, mean_out, var_out] = run_forward<Device>(p, a, x, weight, bias, true);
+  return {y, mean_out, var_out, mask};
 }
 
 // The norm of x + add, and that sum, second.
@@ -250,7 +280,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
                                                     int64_t act, double eps, int64_t needs) {
   const Problem p = problem_of(x, stats, affine, moments, act, eps);
   BackwardArgs a;
-  a.residual = same_buffer(residual, x, "residual");
+  if (residual && torch_dtype(*residual) == aoti_torch_dtype_uint8()) {
+    check_same_device(*residual, x, "mask");
+    STD_TORCH_CHECK(
+        Device::kMasks && p.act == Act::relu && residual->is_contiguous() && residual->numel() == mask_bytes(p),
+        "normkern: a mask must be what masked_forward left; got ", residual->numel(), " bytes");
+    a.mask = static_cast<const unsigned char*>(residual->const_data_ptr());
+  } else {
+    a.residual = same_buffer(residual, x, "residual");
+  }
   return run_backward<Device>(p, a, dy, x, weight, bias, mean, var, needs);
 }
 

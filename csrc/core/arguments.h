@@ -46,7 +46,21 @@ struct ForwardArgs {
   double* mean_out = nullptr;      // [stats.groups()], mean_var only
   double* var_out = nullptr;       // [stats.groups()], biased variance, or the second moment
   Running running;                 // mean_var only; on CUDA every statistics group must be a channel
+  // [mask_bytes()], CUDA and relu only: a bit for each element, whether its gradient passes. A byte has those of a
+  // whole access, its first element's lowest; other bits say nothing.
+  unsigned char* mask_out = nullptr;
 };
+
+// Whether one thread could move a running statistic that another one reads as a weight or a bias.
+inline bool moves_parameters(const ForwardArgs& a, int64_t channels) {
+  const auto meet = [channels](const Grad& moved, const Param& read) {
+    const auto first = reinterpret_cast<uintptr_t>(moved.data), second = reinterpret_cast<uintptr_t>(read.data);
+    return first && second && first < second + uintptr_t(channels * size_of(read.dtype)) &&
+           second < first + uintptr_t(channels * size_of(moved.dtype));
+  };
+  const Running& r = a.running;
+  return meet(r.mean, a.weight) || meet(r.mean, a.bias) || meet(r.var, a.weight) || meet(r.var, a.bias);
+}
 
 // dx is the gradient that comes through y, plus `dtotal`, which reached x past the norm.
 struct BackwardArgs {
@@ -59,6 +73,8 @@ struct BackwardArgs {
   void* dx = nullptr;              // [numel]
   Grad dweight, dbias;             // [affine.groups()]
   void* dresidual = nullptr;       // [numel]
+  // In place of the residual, what forward left as mask_out.
+  const unsigned char* mask = nullptr;
 };
 
 struct MomentsArgs {

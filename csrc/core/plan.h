@@ -31,7 +31,8 @@ struct Request {
   bool aligned = true;        // every element buffer starts on a 16-byte boundary
   bool affine_grads = false;  // backward: dweight or dbias is wanted
   Strategy strategy = Strategy::automatic;
-  bool add = false;  // forward: of x + add; backward: dx + dtotal
+  bool add = false;   // forward: of x + add; backward: dx + dtotal
+  bool mask = false;  // forward: leaves a mask; backward: reads it
 };
 
 struct Launch {
@@ -232,9 +233,17 @@ constexpr Plan plan_fused(const Problem& p, const Request& request, int vec, Str
   return plan;
 }
 
-// Whether the chip has room for a fused plan and each block of a team a share of every unit.
-constexpr bool fits(const Problem& p, const Plan& plan, const Gpu& gpu) {
+// Whether every access of a forward pass is whole but the buffer's last, so that each byte of a mask has one writer.
+constexpr bool can_mask(const Problem& p, const Plan& plan) {
   const Team& t = plan.team;
+  if (plan.vec * size_of(p.dtype) != kAccessBytes) return false;
+  return plan.strategy == Strategy::split || units_of(p, t.walk, t.weights, t.columns).aligned(plan.vec);
+}
+
+// Whether the chip has room for a fused plan and each block of a team a share of every unit.
+constexpr bool fits(const Problem& p, const Request& request, const Plan& plan, const Gpu& gpu) {
+  const Team& t = plan.team;
+  if (request.mask && request.pass == Pass::forward && !can_mask(p, plan)) return false;
   if (plan.fused.shared + kStaticShared > gpu.smem_per_block) return false;
   const Units u = units_of(p, t.walk, t.weights, t.columns);
   if (most(u.count() + t.seats, 2 * most(u.lines, u.columns)) > INT32_MAX) return false;  // kernels count in int
@@ -249,10 +258,10 @@ constexpr Plan try_fused(const Problem& p, const Request& request, int vec, Stra
                          const Gpu& gpu) {
   const bool sums = sums_weights(p, request, strategy);
   const Plan plan = plan_fused(p, request, vec, strategy, blocks, slab, sums, gpu);
-  if (fits(p, plan, gpu)) return plan;
+  if (fits(p, request, plan, gpu)) return plan;
   if (sums) {
     const Plan apart = plan_fused(p, request, vec, strategy, blocks, slab, false, gpu);
-    if (fits(p, apart, gpu)) return apart;
+    if (fits(p, request, apart, gpu)) return apart;
   }
   Plan split;
   split.vec = vec;
@@ -270,10 +279,10 @@ constexpr Plan try_subgrid(const Problem& p, const Request& request, int vec, in
     for (int64_t blocks = most(least_blocks, 2); blocks <= room; blocks += 1 + blocks / 32) {
       const bool sums = apart == 0;
       const Plan plan = with(blocks, sums);
-      if (!fits(p, plan, gpu)) continue;
+      if (!fits(p, request, plan, gpu)) continue;
       if (plan.fused.blocks >= sms) return plan;
       const Plan wider = with(sms / (plan.fused.blocks / blocks), sums);
-      return fits(p, wider, gpu) ? wider : plan;
+      return fits(p, request, wider, gpu) ? wider : plan;
     }
   Plan split;
   split.vec = vec;
@@ -380,16 +389,16 @@ constexpr Plan choose_fused(const Problem& p, const Request& request, int vec, c
   return plan.strategy == Strategy::split ? widest : plan;
 }
 
-// The bytes a plan moves, residual and running statistics left out, weight and bias counted in the dtype of x.
+// The bytes a plan moves, a mask but no residual or running statistics, weight and bias counted in the dtype of x.
 constexpr void count_bytes(const Problem& p, const Request& request, Plan& plan) {
   const int64_t tensor = p.stats.numel() * size_of(p.dtype), params = 2 * p.affine.groups() * size_of(p.dtype);
   const int64_t moments = 2 * p.stats.groups() * int64_t(sizeof(double));
   const int64_t array = p.stats.groups() * compute_size(p.dtype);
   const bool split = plan.strategy == Strategy::split, backward = request.pass == Pass::backward;
   const bool given = p.moments == Moments::given, affine = plan.affine.launch.blocks > 0;
+  const int64_t mask = request.mask ? mask_bytes(p) : 0;
   const auto reduction = [&](const Reduce& r) {
-    const int64_t streams = backward ? 2 : 1;
-    plan.bytes_read += streams * tensor + r.workspace_bytes;
+    plan.bytes_read += (backward ? 2 * tensor + mask : tensor) + r.workspace_bytes;
     plan.bytes_written += r.workspace_bytes;
   };
   if (request.pass == Pass::moments) {
@@ -405,9 +414,10 @@ constexpr void count_bytes(const Problem& p, const Request& request, Plan& plan)
     plan.bytes_read += side;
     plan.bytes_written += side;
   }
-  const bool needs_x = !backward || !given || p.act != Act::none;
+  const bool needs_x = !backward || !given || (p.act != Act::none && !request.mask);
   plan.bytes_read += (backward ? 1 + int64_t(needs_x) : 1) * tensor + params;
   plan.bytes_written += tensor;
+  (backward ? plan.bytes_read : plan.bytes_written) += mask;
   if (request.add) {
     plan.bytes_read += tensor;
     if (!backward) plan.bytes_written += tensor;

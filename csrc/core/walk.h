@@ -33,6 +33,9 @@ constexpr int64_t power_of_two_from(int64_t n) {
   return power;
 }
 
+// Of a mask (arguments.h).
+constexpr int64_t mask_bytes(const Problem& p) { return ceil_div(p.stats.numel(), kAccessBytes / size_of(p.dtype)); }
+
 constexpr int64_t compute_size(DType t) { return t == DType::f64 ? 8 : 4; }
 
 // A slot is what one access of one thread covers of a run: an aligned chunk of the buffer, cut off where the run begins

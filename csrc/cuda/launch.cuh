@@ -38,7 +38,8 @@ class Launcher {
         stream_(stream) {}
 
   int forward(const ForwardArgs& a) const {
-    const Affine<T> affine = affine_of(a.weight, a.bias, a.residual);
+    if (a.mask_out && !can_mask(p_, plan_)) return 1;  // cudaErrorInvalidValue: its bytes would be shared
+    const Affine<T> affine = affine_of(a);
     if (fused()) return fused_moments(a, affine);
     if (p_.moments == Moments::given)
       NK_CHECK_CUDA(prepare_arrays(a.mean, a.var));
@@ -99,8 +100,11 @@ class Launcher {
   }
 
  private:
-  Affine<T> affine_of(const Param& weight, const Param& bias, const void* residual) const {
-    return {weight, bias, static_cast<const T*>(residual), p_.act, Indexer(p_.affine)};
+  Affine<T> affine_of(const ForwardArgs& a) const {
+    return {a.weight, a.bias, static_cast<const T*>(a.residual), p_.act, Indexer(p_.affine), nullptr, a.mask_out};
+  }
+  Affine<T> affine_of(const BackwardArgs& a) const {
+    return {a.weight, a.bias, static_cast<const T*>(a.residual), p_.act, Indexer(p_.affine), a.mask, nullptr};
   }
 
   A* array(int index) const { return reinterpret_cast<A*>(workspace_ + layout_.arrays + index * layout_.array_bytes); }
@@ -175,7 +179,7 @@ class Launcher {
                                 static_cast<T*>(a.dx),
                                 static_cast<T*>(a.dresidual),
                                 teams,
-                                affine_of(a.weight, a.bias, a.residual),
+                                affine_of(a),
                                 a.mean,
                                 a.var,
                                 p_.eps,
@@ -185,7 +189,7 @@ class Launcher {
   }
 
   int map_gradients(const BackwardArgs& a) const {
-    const bool needs_x = p_.moments != Moments::given || p_.act != Act::none;
+    const bool needs_x = p_.moments != Moments::given || (p_.act != Act::none && !a.mask);
     const MapBackward<T> m{static_cast<const T*>(a.dy),
                            needs_x ? static_cast<const T*>(a.x) : nullptr,
                            static_cast<const T*>(a.dtotal),
@@ -195,7 +199,7 @@ class Launcher {
                            Indexer(p_.stats),
                            moment_arrays(),
                            average_arrays(),
-                           affine_of(a.weight, a.bias, a.residual)};
+                           affine_of(a)};
     return launch(config_of(plan_.map), stream_, map_backward<T, V>, m);
   }
 
@@ -238,7 +242,7 @@ class Launcher {
     op.x = static_cast<const T*>(a.x);
     op.stats = Indexer(p_.stats);
     op.moments = moment_arrays();
-    op.affine = affine_of(a.weight, a.bias, a.residual);
+    op.affine = affine_of(a);
     op.count = p_.stats.count();
     return op;
   }

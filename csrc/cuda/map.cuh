@@ -72,10 +72,14 @@ template <class T>
 struct Affine {
   using A = Compute<T>;
 
+  static constexpr unsigned kMasked = kAccessBytes / sizeof(T);  // elements to a byte of a mask
+
   Param weight, bias;
   const T* residual = nullptr;
   Act act = Act::none;
   Indexer channels;
+  const unsigned char* mask = nullptr;  // backward: of relu, in place of the residual
+  unsigned char* mask_out = nullptr;
 
   // xhat becomes z, what enters the activation.
   template <int V>
@@ -104,6 +108,12 @@ struct Affine {
   NK_DEVICE void apply(const Cursor& at, const Chunk& c, A (&z)[V]) const {
     scale_and_shift(at, c, z);
     if (act == Act::none) return;
+    if (mask_out) {
+      unsigned bits = 0;
+      NK_UNROLL
+      for (int i = 0; i < V; ++i) bits |= unsigned(activate_slope(act, z[i]) != 0) << i;
+      mask_out[uint64_t(c.e) / kMasked] = static_cast<unsigned char>(bits);
+    }
     NK_UNROLL
     for (int i = 0; i < V; ++i) z[i] = activate(act, z[i]);
   }
@@ -112,6 +122,12 @@ struct Affine {
   template <int V>
   NK_DEVICE void through_activation(const Cursor& at, const Chunk& c, const A (&xhat)[V], A (&dy)[V]) const {
     if (act == Act::none) return;
+    if (mask) {
+      const unsigned bits = unsigned(mask[uint64_t(c.e) / kMasked]) >> (uint64_t(c.e) % kMasked);
+      NK_UNROLL
+      for (int i = 0; i < V; ++i) dy[i] *= bits >> i & 1 ? A(1) : A(0);
+      return;
+    }
     A z[V];
     NK_UNROLL
     for (int i = 0; i < V; ++i) z[i] = xhat[i];

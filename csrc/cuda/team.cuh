@@ -224,10 +224,9 @@ class Seat {
     Sums* const columns = reinterpret_cast<Sums*>(memory_ + f_.memory.merged);
     Sums* const totals = reinterpret_cast<Sums*>(memory_ + f_.memory.totals);
     const int pitch = f_.team.width * V, cols = int(f_.cols.divisor()), groups = s.end / cols;
-    Pair* const mine = lanes + lane_ * pitch + own.e;
     NK_UNROLL
     for (int i = 0; i < V; ++i)
-      if (i < own.n) put(mine[i], Pair{{first[i], second[i]}});
+      if (i < own.n) put(lanes[lane_ * pitch + own.e + i], Pair{{first[i], second[i]}});
     __syncthreads();
     const int lines = s.lines - first_line(), standing = lines < f_.team.lanes ? lines : f_.team.lanes;
     merge_columns(columns, s.end, standing > 0 ? standing : 0, [&](int column, int64_t from, int64_t to) {

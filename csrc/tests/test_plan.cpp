@@ -93,6 +93,9 @@ void units() {
             const Problem p = {pair[0], pair[1], Moments::mean_var, Act::none, t, 1e-5};
             const Plan plan = make_plan(p, {pass, true, pass == Pass::backward, s}, gpu);
             if (plan.strategy == Strategy::split) continue;
+            const Plan masked = make_plan(p, {pass, true, pass == Pass::backward, s, false, true}, gpu);
+            check(masked.strategy == plan.strategy || masked.strategy == Strategy::split, "split is the way out");
+            const bool whole = pass == Pass::forward && masked.strategy == plan.strategy;
             const Team& team = plan.team;
             const Units u = units_of(p, team.walk, team.weights, team.columns);
             const Domain d = simplify(p.stats);
@@ -108,6 +111,7 @@ void units() {
                   const int64_t begin = b * u.outer + k * u.inner + l * u.pitch;
                   for (int64_t c = column; c < least(column + columns, wide); ++c) ++seen[size_t(begin + c)];
                   const int64_t first = begin + column, end = begin + least(column + columns, wide);
+                  check(!whole || (first % plan.vec == 0 && end % plan.vec == 0), "a byte of the mask has one writer");
                   if (end > first) accesses = most(accesses, ceil_div(end, plan.vec) - first / plan.vec);
                 }
                 check(accesses <= team.slots(u, plan.vec), "accesses of a line: %ld", long(accesses));

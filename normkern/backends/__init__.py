@@ -59,7 +59,8 @@ class Backend(Protocol):
         var: Tensor | None,
         needs: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dx, dweight, dbias, dresidual; size 0 where the bit of `needs` is not set."""
+        """dx, dweight, dbias, dresidual; size 0 where the bit of `needs` is not set. A backend that leaves masks takes
+        one, uint8, as the residual."""
 
     def add_forward(
         self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
@@ -100,6 +101,27 @@ class MovingBackend(Backend, Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """y, mean and var. Every group is a channel of more than one element, and the running statistics, contiguous,
         move as in running.update."""
+
+
+class MaskingBackend(MovingBackend, Protocol):
+    """A backend whose forward pass can leave the backward pass a bit for each element in place of the residual."""
+
+    def masks(self, x: Tensor) -> bool:
+        """Whether it does on the device of x."""
+
+    def masked_forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        momentum: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """y, mean, var and the mask, uint8 (csrc/core/arguments.h); problem.act is relu. With `momentum` it is
+        batch_forward, and mean and var are the running statistics."""
 
 
 BACKENDS: dict[str, Backend] = {"native": Native(), "triton": Triton(), "eager": Eager()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Moments
+from normkern.problem import MASKED, NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Moments
 
 
 def like(x: Tensor, wanted: bool = True) -> Tensor:
@@ -63,6 +63,26 @@ def batch_forward(
     momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return like(x), *_group_vectors(x, channels, Moments.mean_var, True)
+
+
+def masked_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stats: list[int],
+    affine: list[int],
+    moments: int,
+    eps: float,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    together = MASKED // x.element_size()
+    mask = x.new_empty((x.numel() + together - 1) // together, dtype=torch.uint8)
+    return like(x), *_group_vectors(x, stats, moments, True), mask
 
 
 def backward(

@@ -50,7 +50,7 @@ class Native:
 
     def __init__(self) -> None:
         self.cpu_why_not = _load("_C_cpu.so", _REBUILD)
-        newest = hasattr(torch.ops.normkern, "batch_forward") and hasattr(torch.ops.normkern, "standardize")
+        newest = hasattr(torch.ops.normkern, "masked_forward") and hasattr(torch.ops.normkern, "standardize")
         if self.cpu_why_not is None and not newest:
             self.cpu_why_not = f"_C_cpu.so is of an older version; {_REBUILD}"
         # The operators' schemas are in the CPU library.
@@ -62,6 +62,7 @@ class Native:
             # Looking an operator up costs more than calling it.
             self._forward = torch.ops.normkern.forward.default
             self._batch_forward = torch.ops.normkern.batch_forward.default
+            self._masked_forward = torch.ops.normkern.masked_forward.default
             self._backward = torch.ops.normkern.backward.default
             self._add_forward = torch.ops.normkern.add_forward.default
             self._add_backward = torch.ops.normkern.add_backward.default
@@ -73,7 +74,7 @@ class Native:
             self._standardize = torch.ops.normkern.standardize.default
             self._standardize_backward = torch.ops.normkern.standardize_backward.default
         has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
-        if self.cuda_why_not is None and not has_kernel("normkern::batch_forward", "CUDA"):
+        if self.cuda_why_not is None and not has_kernel("normkern::masked_forward", "CUDA"):
             self.cuda_why_not = f"_C_cuda.so is of an older version; {_REBUILD} and NORMKERN_CUDA=1"
         self._standardizes_on_cuda = self.cuda_why_not is None and has_kernel("normkern::standardize", "CUDA")
 
@@ -128,6 +129,29 @@ class Native:
         )
         _written(running_mean, running_var)
         return y, mean, var
+
+    def masks(self, x: Tensor) -> bool:
+        return x.is_cuda
+
+    def masked_forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        momentum: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        stats, affine, moments = _extents(problem.stats), _extents(problem.affine), int(problem.moments)
+        statistics = (mean, var, None, None) if momentum is None else (None, None, mean, var)
+        y, group_mean, group_var, mask = self._masked_forward(
+            x, weight, bias, residual, *statistics, stats, affine, moments, problem.eps, momentum or 0.0
+        )
+        if momentum is not None and mean is not None and var is not None:
+            _written(mean, var)
+        return y, group_mean, group_var, mask
 
     def backward(
         self,
@@ -244,7 +268,8 @@ def _extents(domain: Domain) -> list[int]:
 
 def _register_fakes() -> None:
     register: Callable[[str], Callable[[Callable[..., object]], object]] = torch.library.register_fake
-    for name in ("forward", "backward", "add_forward", "add_backward", "batch_forward", "moments"):
+    names = "forward", "backward", "add_forward", "add_backward", "batch_forward", "masked_forward", "moments"
+    for name in names:
         register(f"normkern::{name}")(getattr(fakes, name))
 
     @register("normkern::update_running")

@@ -159,6 +159,11 @@ NK_API int nk_forward(const Problem* p, const Request* request, const Gpu* gpu, 
   buffers.out(a->var_out, groups, sizeof(double), "var_out");
   buffers.changed(a->running.mean, channels, "running_mean");
   buffers.changed(a->running.var, channels, "running_var");
+  buffers.out(a->mask_out, mask_bytes(*p), 1, "mask");
+  if (moves_parameters(*a, channels)) {
+    emulator::set_last_error("running statistics are weight or bias");
+    return kUnknownError;
+  }
   return run(*p, *request, *gpu, Pass::forward, *a, buffers, plan, cuda::forward);
 }
 
@@ -178,6 +183,7 @@ NK_API int nk_backward(const Problem* p, const Request* request, const Gpu* gpu,
   buffers.out(a->dweight, channels, "dweight");
   buffers.out(a->dbias, channels, "dbias");
   buffers.out(a->dresidual, numel, size, "dresidual");
+  buffers.in(a->mask, mask_bytes(*p), 1, "mask");
   return run(*p, *request, *gpu, Pass::backward, *a, buffers, plan, cuda::backward);
 }
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from normkern.problem import NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Moments, Problem
+from normkern.problem import MASKED, NEED_DBIAS, NEED_DRESIDUAL, NEED_DWEIGHT, NEED_DX, Moments, Problem
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -99,6 +99,7 @@ class CForwardArgs(Struct):
         ("mean_out", ctypes.c_void_p),
         ("var_out", ctypes.c_void_p),
         ("running", CRunning),
+        ("mask_out", ctypes.c_void_p),
     ]
 
 
@@ -116,6 +117,7 @@ class CBackwardArgs(Struct):
         ("dweight", CVector),
         ("dbias", CVector),
         ("dresidual", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
     ]
 
 
@@ -150,6 +152,7 @@ class CRequest(Struct):
         ("affine_grads", ctypes.c_bool),
         ("strategy", ctypes.c_int32),
         ("add", ctypes.c_bool),
+        ("mask", ctypes.c_bool),
     ]
 
 
@@ -291,6 +294,11 @@ def _poisoned(x: Tensor) -> Tensor:
     return torch.empty_like(x).fill_(float("nan"))
 
 
+def _at_a_boundary(x: Tensor) -> Tensor:
+    """As the binding has it: only whole accesses write masks."""
+    return x if x.data_ptr() % 16 == 0 else torch.empty_like(x).copy_(x)
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
@@ -354,6 +362,30 @@ class EmulatedBackend:
         torch.autograd.graph.increment_version((running_mean, running_var))
         return got
 
+    def masks(self, x: Tensor) -> bool:
+        return True
+
+    def masked_forward(
+        self,
+        problem: Problem,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        momentum: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, residual = _at_a_boundary(x), _at_a_boundary(residual)
+        mask = torch.full((-(-x.numel() * x.element_size() // MASKED),), 0xAA, dtype=torch.uint8)
+        running = None
+        if momentum is not None and mean is not None and var is not None:
+            running = CRunning.of(mean, var, problem.stats.count, momentum)
+            torch.autograd.graph.increment_version((mean, var))
+            mean = var = None
+        got = self._forward(problem, x, None, None, weight, bias, residual, mean, var, True, running, mask)
+        return *got, mask
+
     def add_forward(
         self, problem: Problem, x: Tensor, add: Tensor, weight: Tensor | None, bias: Tensor | None, save: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -374,14 +406,17 @@ class EmulatedBackend:
         var: Tensor | None,
         save: bool,
         running: CRunning | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y = _poisoned(x)
         mean_out, var_out = self._moment_outputs(problem, save)
         args = CForwardArgs(
             _pointer(x), _pointer(add), _vector(weight), _vector(bias), _pointer(residual), _vector(mean), _vector(var),
             _pointer(y), _pointer(total), _pointer(mean_out), _pointer(var_out), running or CRunning(),
+            _pointer(mask),
         )  # fmt: skip
-        self._run("nk_forward", problem, x, args, [x, add, residual, y, total], add=add is not None)
+        buffers = [x, add, residual, y, total]
+        self._run("nk_forward", problem, x, args, buffers, add=add is not None, mask=mask is not None)
         return y, mean_out, var_out
 
     def backward(
@@ -432,16 +467,19 @@ class EmulatedBackend:
             groups = problem.affine.groups if needs & bit else 0
             return (x if like is None else like).new_full((groups,), float("nan"))
 
+        mask = None
+        if residual is not None and residual.dtype is torch.uint8:
+            residual, mask = None, residual
         dx, dresidual = gradient(x, NEED_DX), gradient(residual, NEED_DRESIDUAL)
         dweight, dbias = param_gradient(weight, NEED_DWEIGHT), param_gradient(bias, NEED_DBIAS)
         args = CBackwardArgs(
             _pointer(dy), _pointer(dtotal), _pointer(x), _vector(weight), _vector(bias), _pointer(residual),
             _vector(mean), _vector(var), _pointer(dx), _vector(dweight), _vector(dbias), _pointer(dresidual),
+            _pointer(mask),
         )  # fmt: skip
         buffers = [dy, dtotal, x, residual, dx, dresidual]
-        self._run(
-            "nk_backward", problem, x, args, buffers, bool(needs & (NEED_DWEIGHT | NEED_DBIAS)), dtotal is not None
-        )
+        affine_grads = bool(needs & (NEED_DWEIGHT | NEED_DBIAS))
+        self._run("nk_backward", problem, x, args, buffers, affine_grads, dtotal is not None, mask is not None)
         return dx, dweight, dbias, dresidual
 
     def moments(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -477,6 +515,7 @@ class EmulatedBackend:
         buffers: list[Tensor | None],
         affine_grads: bool = False,
         add: bool = False,
+        mask: bool = False,
     ) -> None:
         self._check_sizes(problem, x, buffers)
         draw = zlib.crc32(repr((problem, x.dtype, function)).encode())
@@ -487,7 +526,7 @@ class EmulatedBackend:
             CDomain(*problem.stats.sizes), CDomain(*problem.affine.sizes),
             int(problem.moments), int(problem.act), DTYPES[x.dtype], problem.eps,
         )  # fmt: skip
-        request = CRequest(0, aligned, affine_grads, STRATEGIES.index(self.strategy), add)
+        request = CRequest(0, aligned, affine_grads, STRATEGIES.index(self.strategy), add, mask)
         self.plan = Plan()
         self.library.nk_options(seed, 4, 25, self.preempt_ppm)
         structs = [ctypes.byref(struct) for struct in (c_problem, request, gpu, args, self.plan)]
