@@ -2,9 +2,9 @@
 // alone.
 #pragma once
 
+#include "elements.h"
 #include "packs.h"
 #include "sums.h"
-#include "walk.h"
 
 namespace normkern::cpu::NK_ISA {
 namespace {

@@ -2,11 +2,11 @@
 //
 // Everything here is internal but kTable: an inline function that two of these objects share could be linked from the
 // wrong one (cmake checks that none is left). So no standard library, and of core only plain data.
+#include "elements.h"
 #include "gradient_sums.h"
 #include "packs.h"
 #include "parameters.h"
 #include "sums.h"
-#include "walk.h"
 
 namespace normkern::cpu::NK_ISA {
 namespace {
