@@ -121,8 +121,9 @@ def test_as_the_paper(how: str, p: float | str, transform: Any, perturb: Any) ->
             normalize_bias,
         )
         torch.testing.assert_close(loss.detach(), expected, rtol=1e-9, atol=1e-9)
-    # Rounding of one step, 1e-16, grows over 20 steps of a network with norms, by a factor of up to a few thousand.
-    assert_same(state(model), state(theirs), 1e-11)
+    # Rounding of one step, 1e-16, grows over 20 steps of a network with norms: by a factor of up to 2e5 with the first
+    # of these batches, whose second step alone takes it from 3e-15 to 3e-13. A rho of 0.3001 for 0.3 is off by 1e-2.
+    assert_same(state(model), state(theirs), 1e-10)
 
 
 def test_small_rho_is_plain_sgd() -> None:
