@@ -66,6 +66,11 @@ REGISTERS = "numbers of one access's columns: registers, set again where they ar
 EQUIVALENT = {
     "vec.cuh: if (c.n > 0) store<T, V>(to->v, load_chunk": "callers visit no empty chunk",
     "vec.cuh: const int64_t from = aligned > begin": SAME,
+    "merge.cuh: fence();  // load_acquire": "an acquire and the barrier after it are enough",
+    "team.cuh: const int count = (end < f.units": SAME,
+    "team.cuh: const int columns = int(u.columns": SAME,
+    "team.cuh: s.lines = lines < u.lines ?": SAME,
+    "team.cuh: s.end = end < columns ?": SAME,
     "team.cuh: for (int first = first_line(); first < s.lines;": "line_end is called for lines beyond the last anyway",
     "team.cuh: return line < s.lines && left < s.end && (begin": "a block without columns has runs of whole accesses",
     "fused.cuh: if (i < own.n) shift[i] = A(to_float(f.element": "not used, and read from the unit's next line",

@@ -1,5 +1,5 @@
-// elements.h: runs and columns, element by element, and what comes before and after the affine step of each. Included by
-// the loops of norm.cpp.
+// elements.h: runs and columns, element by element, and what comes before and after the affine step of each. Included
+// by the loops of norm.cpp.
 //
 // Loops come in three forms, by what follows the affine step (Tail): the common ones are then free of calls.
 #pragma once

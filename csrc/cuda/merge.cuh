@@ -94,7 +94,7 @@ NK_DEVICE void meet_blocks(unsigned* arrivals, unsigned target) {
     atomicAdd(arrivals, 1u);
     while (int(load_acquire(arrivals) - target) < 0) {
     }
-    fence();
+    fence();  // load_acquire orders the same
   }
   __syncthreads();
 }
