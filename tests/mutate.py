@@ -62,6 +62,7 @@ OPERATORS = (
 
 # Mutants that compute the same as the original: how "file: line" begins, and the reason.
 SAME, ZERO = "both sides are the same where they are equal", "what lies beyond a chunk is loaded as zero"
+WHOLE = "a block without columns has runs of whole accesses"
 REGISTERS = "numbers of one access's columns: registers, set again where they are used"
 EQUIVALENT = {
     "vec.cuh: if (c.n > 0) store<T, V>(to->v, load_chunk": "callers visit no empty chunk",
@@ -72,7 +73,8 @@ EQUIVALENT = {
     "team.cuh: s.lines = lines < u.lines ?": SAME,
     "team.cuh: s.end = end < columns ?": SAME,
     "team.cuh: for (int first = first_line(); first < s.lines;": "line_end is called for lines beyond the last anyway",
-    "team.cuh: return line < s.lines && left < s.end && (begin": "a block without columns has runs of whole accesses",
+    "team.cuh: if (line < s.lines && left < s.end) {": WHOLE,
+    "team.cuh: return line < s.lines && left < s.end && (begin": WHOLE,
     "fused.cuh: if (i < own.n) shift[i] = A(to_float(f.element": "not used, and read from the unit's next line",
     "fused.cuh: for (int i = 0; i < N; ++i) sum[i] = squares[i]": REGISTERS,
     "fused.cuh: for (int i = 0; i < N; ++i) {": REGISTERS,
