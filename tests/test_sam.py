@@ -106,7 +106,7 @@ def test_as_the_paper(how: str, p: float | str, transform: Any, perturb: Any) ->
         model, sgd(model), rho=rho, p=p, transform=transform, eta=eta, perturb=perturb, normalize_bias=normalize_bias
     )
     for number in range(20):
-        x, y = batch(seed=number)
+        x, y = batch(seed=100 + number)
         with ascending(how):
             loss = optimizer.step(closure_of(model, optimizer, x, y))
         expected = paper_sam.step(
@@ -121,9 +121,9 @@ def test_as_the_paper(how: str, p: float | str, transform: Any, perturb: Any) ->
             normalize_bias,
         )
         torch.testing.assert_close(loss.detach(), expected, rtol=1e-9, atol=1e-9)
-    # Rounding of one step, 1e-16, grows over 20 steps of a network with norms: by a factor of up to 2e5 with the first
-    # of these batches, whose second step alone takes it from 3e-15 to 3e-13. A rho of 0.3001 for 0.3 is off by 1e-2.
-    assert_same(state(model), state(theirs), 1e-10)
+    # Rounding of one step, 1e-16, grows over 20 steps of a network with norms, by a factor of up to 1e4 with these
+    # batches (with the seeds from 0 on by 2e5, nearly all of it in the second step).
+    assert_same(state(model), state(theirs), 1e-11)
 
 
 def test_small_rho_is_plain_sgd() -> None:

@@ -49,11 +49,9 @@ NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int6
         },
         step,
         [&](int64_t m, int64_t left, Pack<A>* to) NK_INLINED {
-          const bool whole = start + m >= kLanes;  // the elements before count for nothing
-          const int64_t count = whole ? int64_t(kLanes) : left;
-          const Pack<A> xs = load_some<A>(from + m - count, count), dz = dz_at(m - count, count, xs);
-          if (!whole) return use(xs, dz, to);
-          add(last_lanes((xs - mean) * rstd, left), last_lanes(dz, left), to);
+          const LastPack last = last_pack(start + m, start + m - left);
+          const Pack<A> xs = load_some<A>(x + last.from, last.count), dz = dz_at(last.from - start, last.count, xs);
+          add(last_lanes((xs - mean) * rstd, last.left), last_lanes(dz, last.left), to);
         });
     const auto both = totals(sums[0], sums[1]);
     all += both[0];
@@ -116,8 +114,9 @@ NK_INLINE void sum_rows(const Elements<A>& a, Center<A> center, int64_t e, int64
     };
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) step(i, kLanes, kLanes, No());
-    if (i < n && n > kLanes) step(n - kLanes, kLanes, n - i, Yes());
-    if (i < n && n < kLanes) step(0, n, kLanes, Yes());
+    if (i == n) return;
+    const LastPack rest = last_pack(n, i);
+    step(rest.from, rest.count, rest.left, Yes());
   };
   if (!s.dweight) {
     loop([](int64_t, int64_t, int64_t, Pack<A>, Pack<A>, auto) NK_INLINED {});

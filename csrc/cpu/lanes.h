@@ -147,6 +147,16 @@ NK_INLINE Pack<A> last_lanes(Pack<A> a, int64_t n) {
   return a;
 }
 
+// The pack that ends n elements of which the first `done` had their turn, done being whole packs: `count` elements from
+// `from` on, of which the last `left` lanes count. All lanes do where there is less than a pack, the rest being zero.
+struct LastPack {
+  int64_t from, count, left;
+};
+NK_INLINE LastPack last_pack(int64_t n, int64_t done) {
+  if (n < kLanes) return {0, n, kLanes};
+  return {n - kLanes, kLanes, n - done};
+}
+
 // `yes` where a < b (a <= b), else `no`; a NaN gives `no`.
 template <class A>
 NK_INLINE Pack<A> where_less(Pack<A> a, Pack<A> b, Pack<A> yes, Pack<A> no) {

@@ -139,8 +139,8 @@ NK_INLINE void for_strips(const Columns& c, Step step) {
     int64_t j = 0;
     for (; j + kAll <= c.width; j += kAll) step(j, kAll, kAll, e + j, lines);
     if (j == c.width) continue;
-    const int64_t n = c.width < kAll ? c.width : kAll, from = c.width - n;
-    step(from, n, n < kAll ? kAll : c.width - j, e + from, lines);
+    const LastPack last = last_pack(c.width, j);
+    step(last.from, last.count, last.left, e + last.from, lines);
   }
   for (int64_t j = 0; j < c.tail; j += kAll)
     step(j, c.tail - j < kAll ? c.tail - j : kAll, kAll, c.first + c.lines * c.stride + j, int64_t(1));
