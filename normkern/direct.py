@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from normkern import autograd, backends
 from normkern.backends import select
 from normkern.backends.native import Native, thread_pool
-from normkern.problem import NEED_DRESIDUAL, Act, Moments, Problem
+from normkern.problem import Moments, Problem
 
 MOST_ELEMENTS = 1 << 22  # of x; C++ holds it too
 
@@ -50,7 +50,8 @@ def _unwatched() -> bool:
 
 
 class _Direct(torch.autograd.Function):
-    """Its forward is C++ (differentiable_forward), set below."""
+    """Its forward is C++ (differentiable_forward), and so is its backward (differentiable_backward) where nothing
+    watches and nothing has to be differentiable again; both are set below."""
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,17 +61,6 @@ class _Direct(torch.autograd.Function):
         x, weight, bias, residual, *given = ctx.saved_tensors
         mean, var = given or (None, None)
         wanted += (False,) * (4 - len(wanted))  # the last arguments may be missing
-        if not _is_compiling() and not torch.is_grad_enabled() and _unwatched():
-            passes_on = wanted[3] and problem.act == Act.none
-            needs = wanted[0] | wanted[1] << 1 | wanted[2] << 2 | wanted[3] << 3
-            if passes_on:
-                needs &= ~NEED_DRESIDUAL
-            got = known.backward(dy, x, weight, bias, residual, mean, var, moments, needs)
-            if got is None:
-                dense = autograd.same_buffer(dy, x)
-                got = known.backward(dense, x, weight, bias, residual, mean, var, moments, needs)
-            if got is not None:
-                return (None, *got[:3], dy if passes_on else got[3])[: len(ctx.needs_input_grad)]
         if moments is not None:
             both = torch.frombuffer(moments, dtype=torch.float64)
             mean, var = (None, both) if problem.moments == Moments.second else both.view(2, -1).unbind()
@@ -85,7 +75,7 @@ def _host() -> Any:
         host: Any = importlib.import_module("normkern._host")
     except ImportError:
         return None
-    if not hasattr(host, "differentiable_forward"):  # of an older build
+    if not hasattr(host, "differentiable_backward"):  # of an older build
         return None
     _Direct.forward = staticmethod(host.differentiable_forward)  # type: ignore[method-assign]
     # As autograd._run: Function.apply without what it does for torch.func, which never comes here.
@@ -99,9 +89,16 @@ def _host() -> Any:
         _watchers,
         _allowed,
         apply,
+        autograd.same_buffer,
+        _Direct.backward,
         *thread_pool(),
     )
-    return host if sees else None
+    if not sees:
+        return None
+    node: Any = getattr(_Direct, "_backward_cls", None)
+    if hasattr(node, "apply"):  # what autograd calls: from C++ to C++, past the Python in between
+        node.apply = host.method(host.differentiable_backward)
+    return host
 
 
 _HOST = _host()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+Around = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,18 @@ class Stopwatch:
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e-3
 
-    def round(self, calls: Mapping[str, Call], number: int) -> dict[str, float]:
-        """One call of every rival. The order rotates, since the first one finds the inputs in no cache."""
+    def round(
+        self, calls: Mapping[str, Call], number: int, around: Mapping[str, Around] | None = None
+    ) -> dict[str, float]:
+        """One call of every rival, within its context in `around`, which is not timed. The order rotates, since the
+        first one finds the inputs in no cache."""
         names = list(calls)
         shift = number % len(names)
-        return {name: self.time(calls[name]) for name in names[shift:] + names[:shift]}
+        taken = {}
+        for name in names[shift:] + names[:shift]:
+            with (around or {}).get(name, nullcontext)():
+                taken[name] = self.time(calls[name])
+        return taken
 
 
 def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int, limit: float = 60) -> dict[str, Times]:

@@ -6,6 +6,7 @@ import csv
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -262,6 +263,31 @@ def test_a_rival_that_fails_is_left_out() -> None:
     assert {row.kernel_provider for row in race.rows()} == {"torch", "normkern", "copy"}
     with pytest.raises(RuntimeError, match="no kernel image"):
         Race(layer, "step", [peers.Peer("normkern", broken)], CPU)
+
+
+def test_the_context_of_a_rival_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        events.append("enter")
+        yield
+        events.append("exit")
+
+    def make(layer: Layer, t: Any) -> Any:
+        return lambda: (events.append("call"), t.x * 2)[1]
+
+    def clock() -> float:
+        events.append("clock")
+        return 0.0
+
+    layer = TINY["layer_norm"]
+    race = Race(layer, "forward", [peers.Peer("torch", make), peers.Peer("normkern", make, around=around)], CPU)
+    events.clear()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    race.round()
+    timed, copied = ["clock", "call", "clock"], ["clock", "clock"]
+    assert events == [*timed, "enter", *timed, "exit", *copied]
 
 
 def test_replays_are_captured_where_they_warmed_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

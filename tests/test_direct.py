@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import normkern
 import normkern.nn
-from normkern import direct
+from normkern import autograd, direct
 
 pytestmark = pytest.mark.skipif(direct._HOST is None, reason="the compiled library is not there")
 
@@ -222,6 +222,33 @@ def test_saved_tensors_may_come_back_laid_out_otherwise(counter: Counter) -> Non
         assert torch.equal(grad, grads[0])  # type: ignore[arg-type]
 
 
+def test_backward_stays_in_cpp(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever dy's layout is; but not where the gradient is to be differentiable."""
+    gradients, general = autograd.gradients, []
+
+    def counted(*arguments: Any) -> Any:
+        general.append(arguments)
+        return gradients(*arguments)
+
+    x, residual, weight = X.clone().requires_grad_(), X.clone().requires_grad_(), torch.ones(6, requires_grad=True)
+
+    def made(dy: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        y = normkern.group_norm(x, 2, weight, residual=residual)
+        return torch.autograd.grad(y, (x, residual, weight), dy, **options)
+
+    dense = torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
+    layouts = (dense, dense.to(memory_format=torch.channels_last), dense[:, :1].expand(X.shape))
+    want = [made(dy.contiguous()) for dy in layouts]
+    monkeypatch.setattr(autograd, "gradients", counted)
+    for dy, expected in zip(layouts, want, strict=True):
+        for got, exact in zip(made(dy), expected, strict=True):
+            assert torch.equal(got, exact)
+    assert counter.hits == 5
+    assert not general
+    made(dense, create_graph=True)
+    assert len(general) == 1
+
+
 def test_second_derivatives_go_on(counter: Counter) -> None:
     x = X.double().requires_grad_()
     for norm, f in norms().items():
@@ -259,6 +286,10 @@ def test_misuse_of_the_module_raises() -> None:
         host.run(arguments)
     with pytest.raises(TypeError):
         host.differentiable_forward(*[None] * 6)
+    with pytest.raises(TypeError):
+        host.differentiable_backward(None)
+    with pytest.raises(AttributeError):
+        host.differentiable_backward(None, X)
 
 
 def test_modules_take_it_too(counter: Counter) -> None:

@@ -23,9 +23,11 @@ constexpr int32_t kMostDims = 8;
 struct TorchSide {
   PyObject *tensor = nullptr, *parameter = nullptr;  // types: these two exactly, no other subclass
   PyObject *empty_like = nullptr, *is_neg = nullptr, *is_grad_enabled = nullptr;
-  PyObject* watchers = nullptr;  // a tuple of functions, each of which says whether something looks at this call
-  PyObject* allowed = nullptr;   // whether this backend runs a call on that tensor
-  PyObject* apply = nullptr;     // of the autograd.Function whose forward is differentiable_forward
+  PyObject* watchers = nullptr;     // a tuple of functions, each of which says whether something looks at this call
+  PyObject* allowed = nullptr;      // whether this backend runs a call on that tensor
+  PyObject* apply = nullptr;        // of the autograd.Function whose forward is differentiable_forward
+  PyObject* same_buffer = nullptr;  // of dy and x: dy laid out as x
+  PyObject* slow = nullptr;         // the backward of that Function that always works
   const DlExchange* exchange = nullptr;
   int64_t (*thread_count)() = nullptr;
   void (*run_on_threads)(int64_t tasks, void (*task)(void*, int64_t), void* state) = nullptr;

@@ -18,6 +18,7 @@ namespace normkern::bind {
 namespace {
 
 constexpr size_t kMostCalls = 4096;
+constexpr long kNeedDresidual = 1 << 3;  // as in normkern/problem.py
 
 using FastFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
@@ -303,10 +304,12 @@ void forget_all() {
 // ---- the module's functions ----
 
 PyObject* set_up(PyObject*, PyObject* args) {
-  PyObject *tensor, *parameter, *empty_like, *is_neg, *is_grad_enabled, *watchers, *allowed, *apply;
+  PyObject *tensor, *parameter, *empty_like, *is_neg, *is_grad_enabled, *watchers, *allowed, *apply, *same_buffer,
+      *slow;
   unsigned long long thread_count, run_on_threads;
-  if (!PyArg_ParseTuple(args, "OOOOOO!OOKK", &tensor, &parameter, &empty_like, &is_neg, &is_grad_enabled, &PyTuple_Type,
-                        &watchers, &allowed, &apply, &thread_count, &run_on_threads))
+  if (!PyArg_ParseTuple(args, "OOOOOO!OOOOKK", &tensor, &parameter, &empty_like, &is_neg, &is_grad_enabled,
+                        &PyTuple_Type, &watchers, &allowed, &apply, &same_buffer, &slow, &thread_count,
+                        &run_on_threads))
     return nullptr;
   if (!PyType_Check(tensor) || !PyType_Check(parameter)) {
     PyErr_SetString(PyExc_TypeError, "set_up: the first two arguments must be types");
@@ -318,7 +321,8 @@ PyObject* set_up(PyObject*, PyObject* args) {
   Py_XDECREF(capsule);  // the table itself lives as long as the process
   PyErr_Clear();
   if (!exchange || exchange->major != kDlMajor || !exchange->view_object) Py_RETURN_FALSE;
-  for (PyObject* lent : {tensor, parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply})
+  for (PyObject* lent :
+       {tensor, parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply, same_buffer, slow})
     Py_INCREF(lent);
   torch_side = {tensor,
                 parameter,
@@ -328,6 +332,8 @@ PyObject* set_up(PyObject*, PyObject* args) {
                 watchers,
                 allowed,
                 apply,
+                same_buffer,
+                slow,
                 exchange,
                 reinterpret_cast<int64_t (*)()>(thread_count),
                 reinterpret_cast<decltype(TorchSide::run_on_threads)>(run_on_threads)};
@@ -351,12 +357,16 @@ int requires_grad(PyObject* tensor) {
   return truth;
 }
 
+// Whether something watches or transforms what happens now; -1 with an exception set.
+int watched() {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch_side.watchers); ++i)
+    if (const int watches = answer(PyTuple_GET_ITEM(torch_side.watchers, i)); watches != 0) return watches;
+  return 0;
+}
+
 // Whether nothing stands against running a recognized call here; -1 with an exception set.
 int lawful(PyObject* const* tensors) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch_side.watchers); ++i) {
-    const int watched = answer(PyTuple_GET_ITEM(torch_side.watchers, i));
-    if (watched != 0) return watched < 0 ? -1 : 0;
-  }
+  if (const int watches = watched(); watches != 0) return watches < 0 ? -1 : 0;
   for (int slot : {kMean, kVar}) {
     const int learned = requires_grad(tensors[slot]);
     if (learned != 0) return learned < 0 ? -1 : 0;
@@ -436,6 +446,68 @@ PyObject* differentiable_forward(PyObject*, PyObject* const* in, Py_ssize_t coun
   return y;
 }
 
+// The gradients of run's arguments, or None where the kernel cannot make them. `wanted` says of which.
+PyObject* quick_gradients(PyObject* dy, PyObject* pair, PyObject* saved, PyObject* wanted) {
+  if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2 || Py_TYPE(PyTuple_GET_ITEM(pair, 0)) != known_type ||
+      !PyTuple_CheckExact(saved) || !PyTuple_CheckExact(wanted))
+    return Py_NewRef(Py_None);
+  PyObject* known = PyTuple_GET_ITEM(pair, 0);
+  const Problem& p = reinterpret_cast<Known*>(known)->p;
+  const bool given = p.moments == Moments::given;
+  const Py_ssize_t count = PyTuple_GET_SIZE(wanted);
+  if (PyTuple_GET_SIZE(saved) != (given ? 6 : 4) || count < 3 || count > 5) return Py_NewRef(Py_None);
+  long needs = 0;
+  for (Py_ssize_t i = 1; i < count; ++i) needs |= long(PyTuple_GET_ITEM(wanted, i) == Py_True) << (i - 1);
+  // Without an activation the residual's gradient is dy as it came.
+  const bool passes_on = p.act == Act::none && needs & kNeedDresidual;
+  if (passes_on) needs &= ~long(kNeedDresidual);
+  PyObject* bits = PyLong_FromLong(needs);
+  if (!bits) return nullptr;
+  PyObject* in[kSlots + 3] = {dy};
+  for (int slot = kX; slot < kSlots; ++slot)
+    in[1 + slot] = slot < kMean || given ? PyTuple_GET_ITEM(saved, slot) : Py_None;
+  in[kSlots + 1] = PyTuple_GET_ITEM(pair, 1);
+  in[kSlots + 2] = bits;
+  PyObject* found = backward(known, in, std::size(in));
+  if (found == Py_None) {
+    Py_DECREF(found);
+    in[0] = PyObject_CallFunctionObjArgs(torch_side.same_buffer, dy, in[1 + kX], nullptr);
+    found = in[0] ? backward(known, in, std::size(in)) : nullptr;
+    Py_XDECREF(in[0]);
+  }
+  Py_DECREF(bits);
+  if (!found || found == Py_None) return found;
+  PyObject* result = PyTuple_New(count);
+  for (Py_ssize_t i = 0; result && i < count; ++i) {
+    PyObject* gradient = i == 0 ? Py_None : i == 4 && passes_on ? dy : PyTuple_GET_ITEM(found, i - 1);
+    PyTuple_SET_ITEM(result, i, Py_NewRef(gradient));
+  }
+  Py_DECREF(found);
+  return result;
+}
+
+// differentiable_backward(ctx, dy) -> the gradients of run's arguments: what autograd calls for a node of
+// differentiable_forward. What has to be differentiable itself, or cannot be made here, Python makes.
+PyObject* differentiable_backward(PyObject*, PyObject* const* in, Py_ssize_t count) {
+  if (!arity("differentiable_backward", count, 2)) return nullptr;
+  int general = answer(torch_side.is_grad_enabled);
+  if (general == 0) general = watched();
+  if (general < 0) return nullptr;
+  if (general == 0) {
+    PyObject* found = nullptr;
+    PyObject *pair = PyObject_GetAttrString(in[0], "known"), *saved = nullptr, *wanted = nullptr;
+    if (pair) saved = PyObject_GetAttrString(in[0], "saved_tensors");
+    if (saved) wanted = PyObject_GetAttrString(in[0], "needs_input_grad");
+    if (wanted) found = quick_gradients(in[1], pair, saved, wanted);
+    Py_XDECREF(pair);
+    Py_XDECREF(saved);
+    Py_XDECREF(wanted);
+    if (found != Py_None) return found;
+    Py_DECREF(found);
+  }
+  return PyObject_CallFunctionObjArgs(torch_side.slow, in[0], in[1], nullptr);
+}
+
 PyObject* remember(PyObject*, PyObject* args) try {
   PyObject *call, *problem;
   long long s[4], w[4];
@@ -473,6 +545,8 @@ PyObject* remember(PyObject*, PyObject* args) try {
   return PyErr_Format(PyExc_MemoryError, "normkern: %s", error.what());
 }
 
+PyObject* method(PyObject*, PyObject* function) { return PyInstanceMethod_New(function); }
+
 PyObject* forget(PyObject*, PyObject*) {
   forget_all();
   Py_RETURN_NONE;
@@ -482,13 +556,15 @@ PyObject* count_known(PyObject*, PyObject*) { return PyLong_FromSize_t(table().s
 
 PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS,
-     "set_up(Tensor, Parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply, thread_count, "
-     "run_on_threads): what calls are "
-     "recognized and run by; False if that cannot be."},
+     "set_up(Tensor, Parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply, same_buffer, slow, "
+     "thread_count, run_on_threads): what calls are recognized and run by; False if that cannot be."},
     {"run", fast<run>(), METH_FASTCALL,
      "run((name, x, weight, bias, residual, mean, var, *options), momentum) -> y or None"},
     {"differentiable_forward", fast<differentiable_forward>(), METH_FASTCALL,
      "differentiable_forward(ctx, (known, mean, var, momentum), x, weight, bias=None, residual=None) -> y"},
+    {"differentiable_backward", fast<differentiable_backward>(), METH_FASTCALL,
+     "differentiable_backward(ctx, dy) -> the gradients of the arguments after ctx"},
+    {"method", method, METH_O, "method(function): a function written in C as a method, for a class to have."},
     {"remember", remember, METH_VARARGS,
      "remember(call, problem, stats, affine, moments, act, eps): False for a call that is never known."},
     {"forget", forget, METH_NOARGS, "Forget all calls."},

@@ -22,6 +22,7 @@ from torch import Tensor
 import normkern.functional
 from normkern.backends import BACKENDS, use_backend
 from normkern.bench.layers import EPS, Layer, Tensors, call, finish
+from normkern.measure import Around
 
 Forward = Callable[[], Tensor]
 
@@ -29,12 +30,13 @@ Forward = Callable[[], Tensor]
 @dataclass(frozen=True)
 class Peer:
     """A rival. `make` returns its forward call on these tensors, differentiable in x, weight, bias and residual;
-    `why_not` is a sentence where it cannot compute a layer on a device; `around` holds while it is called."""
+    `why_not` is a sentence where it cannot compute a layer on a device; `around` holds while it is called, and is not
+    timed."""
 
     name: str
     make: Callable[[Layer, Tensors], Forward]
     why_not: Callable[[Layer, torch.device], str | None] = lambda layer, device: None
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    around: Around = nullcontext
     package: str = "torch"
     default: bool = True
 
@@ -52,7 +54,7 @@ def _missing(module: str, package: str, device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"{package} needs a GPU"
 
 
-def _cudnn(enabled: bool) -> Callable[[], AbstractContextManager[object]]:
+def _cudnn(enabled: bool) -> Around:
     def around() -> AbstractContextManager[object]:
         context: AbstractContextManager[object] = torch.backends.cudnn.flags(enabled=enabled)
         return context

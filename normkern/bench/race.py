@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,23 +59,13 @@ def _own(shared: Tensors) -> Tensors:
 def _rival(peer: Peer, layer: Layer, shared: Tensors, mode: str) -> Call:
     """One call of one mode. Backward is timed alone, over a graph that is kept; a step is forward and backward."""
     own = _own(shared)
-    bare = peer.make(layer, own)
-
-    def forward() -> Tensor:
-        with peer.around():
-            return bare()
-
+    forward = peer.make(layer, own)
     if mode == "forward":
         return forward
     if mode == "step":
         return lambda: torch.autograd.grad(forward(), own.leaves(), own.dy)
     y = forward()
-
-    def backward() -> Any:
-        with peer.around():
-            return torch.autograd.grad(y, own.leaves(), own.dy, retain_graph=True)
-
-    return backward
+    return lambda: torch.autograd.grad(y, own.leaves(), own.dy, retain_graph=True)
 
 
 def _replayed(make: Callable[[], Call], device: torch.device) -> Call:
@@ -129,10 +118,12 @@ class Race:
         self.versions: dict[str, str] = {}
         self.calls: dict[str, Call] = {}
         self.failed: dict[str, str] = {}
+        self.around = {peer.name: peer.around for peer in peers}
         for peer in peers:
             try:
-                call = ready(partial(_rival, peer, layer, shared, mode))
-                call()
+                with peer.around():
+                    call = ready(partial(_rival, peer, layer, shared, mode))
+                    call()
                 self.versions[peer.name] = peer.version()
             except Exception as error:
                 if peer.name in ("torch", *OURS):
@@ -146,8 +137,8 @@ class Race:
         self.moved = bytes_moved(layer, mode, shared.x)
         self.samples: list[dict[str, float]] = []
         self.watch = Stopwatch(device)
-        self.watch.round(self.calls, 0)
-        self.once = sum(self.watch.round(self.calls, 0).values())
+        self.watch.round(self.calls, 0, self.around)
+        self.once = sum(self.watch.round(self.calls, 0, self.around).values())
 
     def rounds(self, seconds: float) -> int:
         """How many rounds take about so long: 7 at least, 100 at most."""
@@ -155,7 +146,7 @@ class Race:
 
     def round(self) -> dict[str, float]:
         """Seconds of one call of every rival."""
-        self.samples.append(self.watch.round(self.calls, len(self.samples)))
+        self.samples.append(self.watch.round(self.calls, len(self.samples), self.around))
         return self.samples[-1]
 
     def times(self) -> dict[str, Times]:
