@@ -3,6 +3,7 @@
 // (launch_*.cu), as launch.cuh.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "../core/parts.h"
@@ -167,8 +168,7 @@ template <class T, class Part>
 int standardize_of(const Standardize<Part>& a, void* stream) {
   for (int from = 0; from < a.count; from += kMostParts) {
     const int to = int(least(a.count, from + kMostParts));
-    bool whole = true;
-    for (int i = from; i < to; ++i) whole = whole && aligned(a.parts[i]);
+    const bool whole = std::all_of(a.parts + from, a.parts + to, [](const Part& part) { return aligned(part); });
     constexpr int kFull = int(kAccessBytes / sizeof(T));
     const int error = whole ? launch_some<T, kFull>(a, from, to, stream) : launch_some<T, 1>(a, from, to, stream);
     if (error != 0) return error;
