@@ -28,6 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 DTYPE = "bf16"
+PARTS = 56  # kMostParts of standardize.h
 FILES = (
     "vec.cuh", "merge.cuh", "map.cuh", "team.cuh", "fused.cuh", "fused_backward.cuh", "reduce.cuh", "launch.cuh",
     "perturb.cu", "standardize.cuh",
@@ -228,6 +229,7 @@ def standardization(seed: int) -> str:
         try:
             with use_backend(backend):
                 found = normkern.weight_standardize_all(weights, gains, 1e-3)
+                normkern.weight_standardize_all(weights[:PARTS], gains[:PARTS], 1e-3)  # exactly one launch
                 dys = [torch.cos(torch.arange(y.numel())).reshape(y.shape).to(y.dtype) for y in found]
                 results.append([*found, *torch.autograd.grad(found, [*weights, *gains], dys)])
         except RuntimeError as error:

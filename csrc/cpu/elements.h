@@ -31,13 +31,15 @@ struct Cursor {
     left = lookup.length - inside;
   }
 
-  NK_INLINE void advance(int64_t n) {
-    at += n;
+  // By n elements; by `count` times as many, where they are all that share an entry.
+  NK_INLINE void advance(int64_t n, int64_t count = 1) {
+    at += n * count;
     left -= n;
     if (lookup.by_element) entry += n;
     if (left != 0) return;
     left = lookup.length;
-    if (++run == lookup.runs) {
+    run += count;
+    if (run == lookup.runs) {
       run = 0;
       next_rows(1);
     }
@@ -55,23 +57,41 @@ struct Cursor {
   }
 };
 
-// Calls body(e, n, run, entry, place) for the pieces of the runs that share an entry or have consecutive ones; `place`
-// elements were walked before.
+// Pieces of runs that share an entry each, side by side and of the same length: piece i begins at e + i*n, belongs to
+// run + i*step and has entry + i. Or one piece with consecutive entries. `place` elements were walked before.
+struct Pieces {
+  int64_t e, n, count, run, step, entry, place;
+};
+
+// Without the first `count`.
+NK_INLINE Pieces after(Pieces p, int64_t count) {
+  return {p.e + count * p.n,    p.n, p.count - count, p.run + count * p.step, p.step, p.entry + count,
+          p.place + count * p.n};
+}
+
+// Calls body(Pieces) for all pieces of the runs.
 template <class Body>
 NK_INLINE void for_pieces(const Runs& r, const Lookup& lookup, Body body) {
   Cursor cursor(lookup);
   int64_t place = 0;
+  const bool shared = !lookup.by_element, one_each = shared && r.length == lookup.length && r.pitch == r.length;
   for (int64_t line = 0; line < r.lines; ++line) {
-    for (int64_t run = 0; run < r.count; ++run) {
+    for (int64_t run = 0; run < r.count; run += !one_each) {
       int64_t e = r.first + line * r.stride + run * r.pitch;
-      const int64_t end = e + r.length;
+      const int64_t end = e + (one_each ? r.count - run : 1) * r.length;
       cursor.seek(e);
       while (e < end) {
-        const int64_t n = cursor.left < end - e ? cursor.left : end - e;
-        body(e, n, run, cursor.entry, place);
-        cursor.advance(n);
-        e += n;
-        place += n;
+        const int64_t rest = end - e, n = cursor.left < rest ? cursor.left : rest;
+        int64_t count = 1;
+        if (shared && n == lookup.length && n < rest) {
+          count = rest / n;
+          if (count > lookup.runs - cursor.run) count = lookup.runs - cursor.run;
+        }
+        body(Pieces{e, n, count, run, one_each, cursor.entry, place});
+        cursor.advance(n, count);
+        e += n * count;
+        place += n * count;
+        if (one_each) run += count;
       }
     }
   }

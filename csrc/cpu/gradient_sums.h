@@ -9,10 +9,13 @@
 namespace normkern::cpu::NK_ISA {
 namespace {
 
-// Pieces with one weight: sums of dz and dz*xhat.
+// Sums of dz and of dz*(x - mean)*rstd.
+using TwoSums = Vector<double, 2>;
+
+// Of a piece with one weight.
 template <Tail kTail, class T, class A>
-NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int64_t n, int64_t run, int64_t entry,
-                         int64_t place, double& all, double& all_xhat) {
+NK_INLINE TwoSums sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int64_t n, int64_t run, int64_t entry,
+                            int64_t place) {
   const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
   const A factor = center.rstd[run] * a.weight[entry];
   const Pack<A> mean = fill(center.mean[run]), rstd = fill(center.rstd[run]), scale = fill(factor),
@@ -22,7 +25,7 @@ NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int6
     to[1] = fma(dz, xhat, to[1]);
   };
   const auto use = [&](Pack<A> xs, Pack<A> dz, Pack<A>* to) NK_INLINED { add((xs - mean) * rstd, dz, to); };
-  all = all_xhat = 0;
+  TwoSums all{};
   for (int64_t start = 0; start < n; start += kBlock<A>) {
     const T *from = x + start, *dfrom = dy + start;
     Pack<A> sums[2] = {fill(A(0)), fill(A(0))};
@@ -53,11 +56,20 @@ NK_INLINE void sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int6
           const Pack<A> xs = load_some<A>(x + last.from, last.count), dz = dz_at(last.from - start, last.count, xs);
           add(last_lanes((xs - mean) * rstd, last.left), last_lanes(dz, last.left), to);
         });
-    const auto both = totals(sums[0], sums[1]);
-    all += both[0];
-    all_xhat += both[1];
+    all += totals(sums[0], sums[1]);
   }
-  all_xhat -= double(center.low[run]) * double(center.rstd[run]) * all;
+  return all;
+}
+
+constexpr int64_t kStrip = 64;  // pieces whose sums are kept for a moment
+
+// Of kStrip pieces at most. A call of its own: short pieces are mostly what surrounds their few packs, and inlined that
+// goes through memory.
+template <Tail kTail, class T, class A>
+__attribute__((noinline)) void sum_pieces(const Elements<A>& elements, Center<A> center, const Pieces p, TwoSums* to) {
+  const Elements<A> a = elements;
+  for (int64_t i = 0; i < p.count && i < kStrip; ++i)
+    to[i] = sum_piece<kTail, T>(a, center, p.e + i * p.n, p.n, p.run + i * p.step, p.entry + i, p.place + i * p.n);
 }
 
 // Of these rows the sums over weights stay in A, a part of their columns at a time.
@@ -177,17 +189,23 @@ void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup,
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
     if (!lookup.by_element) {
-      return for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry, int64_t place) NK_INLINED {
-        double all, all_xhat;
-        sum_piece<kTail, T>(a, center, e, n, run, entry, place, all, all_xhat);
-        const double w = a.weight[entry];
-        if (s.g) {
-          s.g[run] += w * all;
-          s.g_xhat[run] += w * all_xhat;
-        }
-        if (s.dweight) {
-          s.dbias[entry - s.origin] += all;
-          s.dweight[entry - s.origin] += all_xhat;
+      return for_pieces(r, lookup, [&](const Pieces& all) NK_INLINED {
+        TwoSums found[kStrip];
+        for (Pieces p = all; p.count > 0; p = after(p, kStrip)) {
+          sum_pieces<kTail, T>(a, center, p, found);
+          for (int64_t i = 0; i < p.count && i < kStrip; ++i) {
+            const int64_t run = p.run + i * p.step, entry = p.entry + i;
+            const double w = a.weight[entry], sum = found[i][0];
+            const double sum_xhat = found[i][1] - double(center.low[run]) * double(center.rstd[run]) * sum;
+            if (s.g) {
+              s.g[run] += w * sum;
+              s.g_xhat[run] += w * sum_xhat;
+            }
+            if (s.dweight) {
+              s.dbias[entry - s.origin] += sum;
+              s.dweight[entry - s.origin] += sum_xhat;
+            }
+          }
         }
       });
     }

@@ -30,39 +30,48 @@ void add_runs(const void* x, const void* add, void* total, const Runs& r) {
   }
 }
 
+// A call of its own, as sum_pieces.
+template <Tail kTail, class T, class A>
+__attribute__((noinline)) void map_pieces(const Elements<A>& elements, Center<A> center, const Pieces p) {
+  const Elements<A> a = elements;
+  for (int64_t piece = 0; piece < p.count; ++piece) {
+    const int64_t e = p.e + piece * p.n, run = p.run + piece * p.step, entry = p.entry + piece;
+    const T* x = static_cast<const T*>(a.x) + e;
+    T* y = static_cast<T*>(a.y) + e;
+    const A factor = center.rstd[run] * a.weight[entry];
+    const Pack<A> mean = fill(center.mean[run]), scale = fill(factor),
+                  shift = fill(a.bias[entry] - center.low[run] * factor);
+    const auto z = [&](Pack<A> xs) NK_INLINED { return fma(xs - mean, scale, shift); };
+    for_packs<kPaired<T> && kTail != Tail::any>(
+        y, p.n, a.stream,
+        [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
+          put(y + i, finish<kTail, T>(a, e + i, m, z(load_some<A>(x + i, m))), m, stream);
+        },
+        [&](int64_t i, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
+          const Pair<A> xs = load_pair<A>(x + i);
+          put_pair(y + i, finish_pair<kTail, T, A>(a, e + i, {z(xs.a), z(xs.b)}), stream);
+        });
+  }
+}
+
 template <class T, class A>
 void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center) {
   const Elements<A> a = elements;
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
-    for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry, int64_t) NK_INLINED {
-      const T* x = static_cast<const T*>(a.x) + e;
-      T* y = static_cast<T*>(a.y) + e;
-      if (lookup.by_element) {
-        const auto xhat = Normalize<A>::of(center, run);
-        const A *weight = a.weight + entry, *bias = a.bias + entry;
-        for_packs(y, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-          fetch(x + i, a.ahead, stream);
-          const Pack<A> z = fma(xhat(load_some<A>(x + i, m)), load_some<A>(weight + i, m), load_some<A>(bias + i, m));
-          put(y + i, finish<kTail, T>(a, e + i, m, z), m, stream);
-        });
-      } else {
-        const A factor = center.rstd[run] * a.weight[entry];
-        const Pack<A> mean = fill(center.mean[run]), scale = fill(factor),
-                      shift = fill(a.bias[entry] - center.low[run] * factor);
-        const auto z = [&](Pack<A> xs) NK_INLINED { return fma(xs - mean, scale, shift); };
-        for_packs<kPaired<T> && kTail != Tail::any>(
-            y, n, a.stream,
-            [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-              fetch(x + i, a.ahead, stream);
-              put(y + i, finish<kTail, T>(a, e + i, m, z(load_some<A>(x + i, m))), m, stream);
-            },
-            [&](int64_t i, auto stream) NK_INLINED {
-              fetch(x + i, a.ahead, stream);
-              const Pair<A> xs = load_pair<A>(x + i);
-              put_pair(y + i, finish_pair<kTail, T, A>(a, e + i, {z(xs.a), z(xs.b)}), stream);
-            });
-      }
+    for_pieces(r, lookup, [&](const Pieces& p) NK_INLINED {
+      if (!lookup.by_element) return map_pieces<kTail, T>(a, center, p);
+      const T* x = static_cast<const T*>(a.x) + p.e;
+      T* y = static_cast<T*>(a.y) + p.e;
+      const auto xhat = Normalize<A>::of(center, p.run);
+      const A *weight = a.weight + p.entry, *bias = a.bias + p.entry;
+      for_packs(y, p.n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+        fetch(x + i, a.ahead, stream);
+        const Pack<A> z = fma(xhat(load_some<A>(x + i, m)), load_some<A>(weight + i, m), load_some<A>(bias + i, m));
+        put(y + i, finish<kTail, T>(a, p.e + i, m, z), m, stream);
+      });
     });
   });
   if (a.stream) end_stream();
@@ -153,56 +162,84 @@ void map_columns(const Elements<A>& elements, const Columns& c, Center<A> center
 
 // ---- backward: dx ----
 
+// dx and dresidual, pack by pack.
+template <Tail kTail, class T, class A>
+struct Through {
+  const Elements<A>& a;
+  const Pack<A> mean, rstd, slope, offset;
+
+  NK_INLINE Through(const Elements<A>& elements, const Center<A>& center, const Slope<A>& slopes, int64_t run)
+      : a(elements),
+        mean(fill(center.mean[run])),
+        rstd(fill(center.rstd[run])),
+        slope(fill(slopes.slope[run])),
+        offset(fill(slopes.offset[run])) {}
+
+  // Where dx is not wanted, dresidual is; their buffers are aligned alike.
+  NK_INLINE const T* to(int64_t e) const { return static_cast<const T*>(a.dx ? a.dx : a.dresidual) + e; }
+
+  NK_INLINE Pack<A> of(Pack<A> d, Pack<A> dz, Pack<A> scale) const {
+    return fma(d * rstd, slope, fma(dz, scale, offset));
+  }
+
+  template <class Stream>
+  NK_INLINE void write(int64_t e, int64_t n, Pack<A> d, Pack<A> dz, Pack<A> scale, Stream stream) const {
+    if (kTail != Tail::none && a.dresidual) put(static_cast<T*>(a.dresidual) + e, dz, n, stream);
+    if (kTail == Tail::none || a.dx)
+      put(static_cast<T*>(a.dx) + e, past<kTail, T>(a, e, n, of(d, dz, scale)), n, stream);
+  }
+};
+
+template <Tail kTail, class T, class A>
+__attribute__((noinline)) void slope_pieces(const Elements<A>& elements, Center<A> center, Slope<A> slopes,
+                                            const Pieces p) {
+  const Elements<A> a = elements;
+  for (int64_t piece = 0; piece < p.count; ++piece) {
+    const int64_t e = p.e + piece * p.n, run = p.run + piece * p.step, entry = p.entry + piece;
+    const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+    const Through<kTail, T, A> through(a, center, slopes, run);
+    const A factor = center.rstd[run] * a.weight[entry];
+    const Pack<A> scale = fill(factor), shift = fill(a.bias[entry] - center.low[run] * factor);
+    for_packs<kPaired<T> && kTail == Tail::none>(
+        through.to(e), p.n, a.stream,
+        [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
+          fetch(dy + i, a.ahead, stream);
+          const Pack<A> d = load_some<A>(x + i, m) - through.mean;
+          const Pack<A> dz = dz_again<kTail, T>(a, e + i, p.place + piece * p.n + i, m,
+                                                [&]() NK_INLINED { return fma(d, scale, shift); });
+          through.write(e + i, m, d, dz, scale, stream);
+        },
+        [&](int64_t i, auto stream) NK_INLINED {
+          fetch(x + i, a.ahead, stream);
+          fetch(dy + i, a.ahead, stream);
+          const Pair<A> xs = load_pair<A>(x + i), dz = load_pair<A>(dy + i);
+          put_pair(static_cast<T*>(a.dx) + e + i,
+                   {through.of(xs.a - through.mean, dz.a, scale), through.of(xs.b - through.mean, dz.b, scale)},
+                   stream);
+        });
+  }
+}
+
 template <class T, class A>
 void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center, Slope<A> slopes) {
   const Elements<A> a = elements;
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
-    for_pieces(r, lookup, [&](int64_t e, int64_t n, int64_t run, int64_t entry, int64_t place) NK_INLINED {
-      const T* x = static_cast<const T*>(a.x) + e;
-      T *dx = static_cast<T*>(a.dx) + e, *dresidual = static_cast<T*>(a.dresidual) + e;
-      const Pack<A> mean = fill(center.mean[run]), rstd = fill(center.rstd[run]), slope = fill(slopes.slope[run]),
-                    offset = fill(slopes.offset[run]);
-      const auto through = [&](Pack<A> d, Pack<A> dz, Pack<A> scale)
-                               NK_INLINED { return fma(d * rstd, slope, fma(dz, scale, offset)); };
-      const auto write = [&](int64_t i, int64_t m, Pack<A> d, Pack<A> dz, Pack<A> scale, auto stream) NK_INLINED {
-        if (kTail != Tail::none && a.dresidual) put(dresidual + i, dz, m, stream);
-        if (kTail == Tail::none || a.dx) put(dx + i, past<kTail, T>(a, e + i, m, through(d, dz, scale)), m, stream);
-      };
-      // Where dx is not wanted, dresidual is; their buffers are aligned alike.
-      const T* to = a.dx ? dx : dresidual;
-      if (lookup.by_element) {
-        const auto xhat = Normalize<A>::of(center, run);
-        const A *weight = a.weight + entry, *bias = a.bias + entry;
-        for_packs(to, n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-          fetch(x + i, a.ahead, stream);
-          fetch(static_cast<const T*>(a.dy) + e + i, a.ahead, stream);
-          const Pack<A> xs = load_some<A>(x + i, m), w = load_some<A>(weight + i, m);
-          const Pack<A> dz = dz_again<kTail, T>(
-              a, e + i, place + i, m, [&]() NK_INLINED { return fma(xhat(xs), w, load_some<A>(bias + i, m)); });
-          write(i, m, xs - mean, dz, w * rstd, stream);
-        });
-      } else {
-        const A factor = center.rstd[run] * a.weight[entry];
-        const Pack<A> scale = fill(factor), shift = fill(a.bias[entry] - center.low[run] * factor);
-        const T* dy = static_cast<const T*>(a.dy) + e;
-        for_packs<kPaired<T> && kTail == Tail::none>(
-            to, n, a.stream,
-            [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-              fetch(x + i, a.ahead, stream);
-              fetch(dy + i, a.ahead, stream);
-              const Pack<A> d = load_some<A>(x + i, m) - mean;
-              const Pack<A> dz =
-                  dz_again<kTail, T>(a, e + i, place + i, m, [&]() NK_INLINED { return fma(d, scale, shift); });
-              write(i, m, d, dz, scale, stream);
-            },
-            [&](int64_t i, auto stream) NK_INLINED {
-              fetch(x + i, a.ahead, stream);
-              fetch(dy + i, a.ahead, stream);
-              const Pair<A> xs = load_pair<A>(x + i), dz = load_pair<A>(dy + i);
-              put_pair(dx + i, {through(xs.a - mean, dz.a, scale), through(xs.b - mean, dz.b, scale)}, stream);
-            });
-      }
+    for_pieces(r, lookup, [&](const Pieces& p) NK_INLINED {
+      if (!lookup.by_element) return slope_pieces<kTail, T>(a, center, slopes, p);
+      const T *x = static_cast<const T*>(a.x) + p.e, *dy = static_cast<const T*>(a.dy) + p.e;
+      const Through<kTail, T, A> through(a, center, slopes, p.run);
+      const auto xhat = Normalize<A>::of(center, p.run);
+      const A *weight = a.weight + p.entry, *bias = a.bias + p.entry;
+      for_packs(through.to(p.e), p.n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+        fetch(x + i, a.ahead, stream);
+        fetch(dy + i, a.ahead, stream);
+        const Pack<A> xs = load_some<A>(x + i, m), w = load_some<A>(weight + i, m);
+        const Pack<A> dz = dz_again<kTail, T>(a, p.e + i, p.place + i, m,
+                                              [&]() NK_INLINED { return fma(xhat(xs), w, load_some<A>(bias + i, m)); });
+        through.write(p.e + i, m, xs - through.mean, dz, w * through.rstd, stream);
+      });
     });
   });
   if (a.stream) end_stream();
