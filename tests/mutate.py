@@ -28,7 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 DTYPE = "bf16"
-PARTS = 56  # kMostParts of standardize.h
+PARTS = int(re.findall(r"kMostParts = (\d+)", (ROOT / "csrc" / "cuda" / "standardize.h").read_text())[0])
 FILES = (
     "vec.cuh", "merge.cuh", "map.cuh", "team.cuh", "fused.cuh", "fused_backward.cuh", "reduce.cuh", "launch.cuh",
     "perturb.cu", "standardize.cuh",

@@ -136,14 +136,12 @@ int64_t moments_count(const Problem& p) {
   return p.stats.groups() * (p.moments == Moments::mean_var ? 2 : 1);
 }
 
-// forward(x, weight, bias, residual, mean, var, moments, momentum) -> y
+// y, from `in`: the tensors by Slot, moments, momentum.
 //
 // `mean` and `var` are the moments where they are given, and otherwise running statistics to be moved by `momentum`.
 // `moments`, None or a bytearray, receives the means, where there are any, and then the variances.
-PyObject* forward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
-  const Known& known = *reinterpret_cast<Known*>(self);
+PyObject* forward(const Known& known, PyObject* const (&in)[kSlots + 2]) {
   const Problem& p = known.p;
-  if (!arity("forward", count, kSlots + 2)) return nullptr;
   Operands operands(known);
   ForwardArgs a;
   a.x = operands.data_of_buffer(in[kX], "x");
@@ -190,23 +188,18 @@ PyObject* forward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
   return y;
 }
 
-// backward(dy, x, weight, bias, residual, mean, var, moments, needs) -> (dx, dweight, dbias, dresidual), None where not
-// needed; None alone where an operand does not fit (dy laid out otherwise, or a saved tensor that a hook has changed).
-// Moments are `moments` of forward, or `mean` and `var` as given.
-PyObject* backward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
-  const Known& known = *reinterpret_cast<Known*>(self);
+// The gradients that `needs` asks for, a tuple (dx, dweight, dbias, dresidual), None where not needed; None alone where
+// an operand does not fit (dy laid out otherwise, or a saved tensor that a hook has changed). `tensors` are by Slot;
+// moments are `moments` of forward, or `mean` and `var` as given.
+PyObject* backward(const Known& known, PyObject* dy, PyObject* const* tensors, PyObject* forwards_moments, long needs) {
   const Problem& p = known.p;
-  if (!arity("backward", count, kSlots + 3)) return nullptr;
-  PyObject* const* tensors = in + 1;
-  const long needs = PyLong_AsLong(in[kSlots + 2]);
-  if (needs == -1 && PyErr_Occurred()) return nullptr;
   Operands operands(known);
   const auto unfit = [] {
     PyErr_Clear();
     Py_RETURN_NONE;
   };
   BackwardArgs a;
-  a.dy = operands.data_of_buffer(in[0], "dy");
+  a.dy = operands.data_of_buffer(dy, "dy");
   a.x = operands.data_of_buffer(tensors[kX], "x");
   a.weight = operands.param(tensors[kWeight], "weight", p.affine.groups());
   a.bias = operands.param(tensors[kBias], "bias", p.affine.groups());
@@ -214,11 +207,11 @@ PyObject* backward(PyObject* self, PyObject* const* in, Py_ssize_t count) {
   if (p.moments == Moments::given) {
     a.mean = operands.param(tensors[kMean], "mean", p.stats.groups());
     a.var = operands.param(tensors[kVar], "var", p.stats.groups());
-  } else if (const double* moments = operands.moments(in[kSlots + 1], moments_count(p))) {
+  } else if (const double* moments = operands.moments(forwards_moments, moments_count(p))) {
     if (p.moments == Moments::mean_var) a.mean = {moments, DType::f64};
     a.var = {p.moments == Moments::mean_var ? moments + p.stats.groups() : moments, DType::f64};
   }
-  if (operands.failed() || !a.dy || negated(in[0]) || !a.x || !a.var.data ||
+  if (operands.failed() || !a.dy || negated(dy) || !a.x || !a.var.data ||
       (!a.mean.data && p.moments != Moments::second))
     return unfit();
   PyObject* const like[] = {tensors[kX], tensors[kWeight], tensors[kBias], tensors[kX]};
@@ -263,14 +256,6 @@ void release(PyObject* self) {
   Py_DECREF(type);
 }
 
-PyMethodDef known_methods[] = {
-    {"forward", fast<forward>(), METH_FASTCALL,
-     "forward(x, weight, bias, residual, mean, var, moments, momentum) -> y"},
-    {"backward", fast<backward>(), METH_FASTCALL,
-     "backward(dy, x, weight, bias, residual, mean, var, moments, needs) -> (dx, dweight, dbias, dresidual)"},
-    {nullptr, nullptr, 0, nullptr},
-};
-
 PyGetSetDef known_attributes[] = {
     {"problem", problem_of, nullptr, "The problem, as Python knows it.", nullptr},
     {"strides", strides_of, nullptr, "The strides of x.", nullptr},
@@ -279,7 +264,6 @@ PyGetSetDef known_attributes[] = {
 
 PyType_Slot known_slots[] = {
     {Py_tp_dealloc, reinterpret_cast<void*>(release)},
-    {Py_tp_methods, known_methods},
     {Py_tp_getset, known_attributes},
     {0, nullptr},
 };
@@ -409,7 +393,7 @@ PyObject* run(PyObject*, PyObject* const* in, Py_ssize_t count) {
   } else {
     PyObject* const plain[] = {tensors[kX],    tensors[kWeight], tensors[kBias], tensors[kResidual],
                                tensors[kMean], tensors[kVar],    Py_None,        in[1]};
-    y = forward(known, plain, std::size(plain));
+    y = forward(*reinterpret_cast<Known*>(known), plain);
   }
   Py_DECREF(known);
   return y;
@@ -431,7 +415,7 @@ PyObject* differentiable_forward(PyObject*, PyObject* const* in, Py_ssize_t coun
   PyObject* moments = room ? PyByteArray_FromStringAndSize(nullptr, room) : Py_NewRef(Py_None);
   if (!moments) return nullptr;
   PyObject* const plain[] = {in[2], in[3], bias, residual, mean, var, moments, PyTuple_GET_ITEM(in[1], 3)};
-  PyObject* y = forward(known, plain, std::size(plain));
+  PyObject* y = forward(*reinterpret_cast<Known*>(known), plain);
   PyObject* pair = y ? PyTuple_Pack(2, known, moments) : nullptr;
   Py_DECREF(moments);
   // The backward pass sees the residual again only where an activation follows.
@@ -451,8 +435,8 @@ PyObject* quick_gradients(PyObject* dy, PyObject* pair, PyObject* saved, PyObjec
   if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2 || Py_TYPE(PyTuple_GET_ITEM(pair, 0)) != known_type ||
       !PyTuple_CheckExact(saved) || !PyTuple_CheckExact(wanted))
     return Py_NewRef(Py_None);
-  PyObject* known = PyTuple_GET_ITEM(pair, 0);
-  const Problem& p = reinterpret_cast<Known*>(known)->p;
+  const Known& known = *reinterpret_cast<Known*>(PyTuple_GET_ITEM(pair, 0));
+  const Problem& p = known.p;
   const bool given = p.moments == Moments::given;
   const Py_ssize_t count = PyTuple_GET_SIZE(wanted);
   if (PyTuple_GET_SIZE(saved) != (given ? 6 : 4) || count < 3 || count > 5) return Py_NewRef(Py_None);
@@ -461,21 +445,17 @@ PyObject* quick_gradients(PyObject* dy, PyObject* pair, PyObject* saved, PyObjec
   // Without an activation the residual's gradient is dy as it came.
   const bool passes_on = p.act == Act::none && needs & kNeedDresidual;
   if (passes_on) needs &= ~long(kNeedDresidual);
-  PyObject* bits = PyLong_FromLong(needs);
-  if (!bits) return nullptr;
-  PyObject* in[kSlots + 3] = {dy};
+  PyObject* tensors[kSlots];
   for (int slot = kX; slot < kSlots; ++slot)
-    in[1 + slot] = slot < kMean || given ? PyTuple_GET_ITEM(saved, slot) : Py_None;
-  in[kSlots + 1] = PyTuple_GET_ITEM(pair, 1);
-  in[kSlots + 2] = bits;
-  PyObject* found = backward(known, in, std::size(in));
+    tensors[slot] = slot < kMean || given ? PyTuple_GET_ITEM(saved, slot) : Py_None;
+  PyObject* moments = PyTuple_GET_ITEM(pair, 1);
+  PyObject* found = backward(known, dy, tensors, moments, needs);
   if (found == Py_None) {
     Py_DECREF(found);
-    in[0] = PyObject_CallFunctionObjArgs(torch_side.same_buffer, dy, in[1 + kX], nullptr);
-    found = in[0] ? backward(known, in, std::size(in)) : nullptr;
-    Py_XDECREF(in[0]);
+    PyObject* dense = PyObject_CallFunctionObjArgs(torch_side.same_buffer, dy, tensors[kX], nullptr);
+    found = dense ? backward(known, dense, tensors, moments, needs) : nullptr;
+    Py_XDECREF(dense);
   }
-  Py_DECREF(bits);
   if (!found || found == Py_None) return found;
   PyObject* result = PyTuple_New(count);
   for (Py_ssize_t i = 0; result && i < count; ++i) {
@@ -489,15 +469,17 @@ PyObject* quick_gradients(PyObject* dy, PyObject* pair, PyObject* saved, PyObjec
 // differentiable_backward(ctx, dy) -> the gradients of run's arguments: what autograd calls for a node of
 // differentiable_forward. What has to be differentiable itself, or cannot be made here, Python makes.
 PyObject* differentiable_backward(PyObject*, PyObject* const* in, Py_ssize_t count) {
+  static PyObject* const names[] = {PyUnicode_InternFromString("known"), PyUnicode_InternFromString("saved_tensors"),
+                                    PyUnicode_InternFromString("needs_input_grad")};
   if (!arity("differentiable_backward", count, 2)) return nullptr;
   int general = answer(torch_side.is_grad_enabled);
   if (general == 0) general = watched();
   if (general < 0) return nullptr;
   if (general == 0) {
     PyObject* found = nullptr;
-    PyObject *pair = PyObject_GetAttrString(in[0], "known"), *saved = nullptr, *wanted = nullptr;
-    if (pair) saved = PyObject_GetAttrString(in[0], "saved_tensors");
-    if (saved) wanted = PyObject_GetAttrString(in[0], "needs_input_grad");
+    PyObject *pair = PyObject_GetAttr(in[0], names[0]), *saved = nullptr, *wanted = nullptr;
+    if (pair) saved = PyObject_GetAttr(in[0], names[1]);
+    if (saved) wanted = PyObject_GetAttr(in[0], names[2]);
     if (wanted) found = quick_gradients(in[1], pair, saved, wanted);
     Py_XDECREF(pair);
     Py_XDECREF(saved);

@@ -5,7 +5,7 @@
 
 namespace normkern::bind {
 
-// Adds set_up, recall, remember, forget and known; -1 with a Python exception set if that fails.
+// Adds the functions that normkern/direct.py calls; -1 with a Python exception set if that fails.
 int add_direct(PyObject* module);
 
 }  // namespace normkern::bind

@@ -63,11 +63,7 @@ struct Pieces {
   int64_t e, n, count, run, step, entry, place;
 };
 
-// Without the first `count`.
-NK_INLINE Pieces after(Pieces p, int64_t count) {
-  return {p.e + count * p.n,    p.n, p.count - count, p.run + count * p.step, p.step, p.entry + count,
-          p.place + count * p.n};
-}
+constexpr int64_t kStrip = 64;  // the most of them together
 
 // Calls body(Pieces) for all pieces of the runs.
 template <class Body>
@@ -86,6 +82,7 @@ NK_INLINE void for_pieces(const Runs& r, const Lookup& lookup, Body body) {
         if (shared && n == lookup.length && n < rest) {
           count = rest / n;
           if (count > lookup.runs - cursor.run) count = lookup.runs - cursor.run;
+          if (count > kStrip) count = kStrip;
         }
         body(Pieces{e, n, count, run, one_each, cursor.entry, place});
         cursor.advance(n, count);

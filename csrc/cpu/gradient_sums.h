@@ -61,14 +61,12 @@ NK_INLINE TwoSums sum_piece(const Elements<A>& a, Center<A> center, int64_t e, i
   return all;
 }
 
-constexpr int64_t kStrip = 64;  // pieces whose sums are kept for a moment
-
-// Of kStrip pieces at most. A call of its own: short pieces are mostly what surrounds their few packs, and inlined that
-// goes through memory.
+// Of every piece. A call of its own: short pieces are mostly what surrounds their few packs, and inlined that goes
+// through memory.
 template <Tail kTail, class T, class A>
 __attribute__((noinline)) void sum_pieces(const Elements<A>& elements, Center<A> center, const Pieces p, TwoSums* to) {
   const Elements<A> a = elements;
-  for (int64_t i = 0; i < p.count && i < kStrip; ++i)
+  for (int64_t i = 0; i < p.count; ++i)
     to[i] = sum_piece<kTail, T>(a, center, p.e + i * p.n, p.n, p.run + i * p.step, p.entry + i, p.place + i * p.n);
 }
 
@@ -189,22 +187,20 @@ void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup,
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
     if (!lookup.by_element) {
-      return for_pieces(r, lookup, [&](const Pieces& all) NK_INLINED {
+      return for_pieces(r, lookup, [&](const Pieces& p) NK_INLINED {
         TwoSums found[kStrip];
-        for (Pieces p = all; p.count > 0; p = after(p, kStrip)) {
-          sum_pieces<kTail, T>(a, center, p, found);
-          for (int64_t i = 0; i < p.count && i < kStrip; ++i) {
-            const int64_t run = p.run + i * p.step, entry = p.entry + i;
-            const double w = a.weight[entry], sum = found[i][0];
-            const double sum_xhat = found[i][1] - double(center.low[run]) * double(center.rstd[run]) * sum;
-            if (s.g) {
-              s.g[run] += w * sum;
-              s.g_xhat[run] += w * sum_xhat;
-            }
-            if (s.dweight) {
-              s.dbias[entry - s.origin] += sum;
-              s.dweight[entry - s.origin] += sum_xhat;
-            }
+        sum_pieces<kTail, T>(a, center, p, found);
+        for (int64_t i = 0; i < p.count; ++i) {
+          const int64_t run = p.run + i * p.step, entry = p.entry + i;
+          const double w = a.weight[entry], sum = found[i][0];
+          const double sum_xhat = found[i][1] - double(center.low[run]) * double(center.rstd[run]) * sum;
+          if (s.g) {
+            s.g[run] += w * sum;
+            s.g_xhat[run] += w * sum_xhat;
+          }
+          if (s.dweight) {
+            s.dbias[entry - s.origin] += sum;
+            s.dweight[entry - s.origin] += sum_xhat;
           }
         }
       });
