@@ -33,3 +33,11 @@ target_compile_definitions(torch_stable INTERFACE "TORCH_TARGET_VERSION=${NK_TOR
 target_link_libraries(torch_stable INTERFACE "${NORMKERN_TORCH_DIR}/lib/libtorch_cpu.so")
 message(STATUS "torch ${NK_TORCH_VERSION} (CUDA '${NK_TORCH_CUDA}') at ${NORMKERN_TORCH_DIR}, "
   "binaries for ${NORMKERN_TORCH_TARGET} and later")
+
+# Defines `torch_exact`: all of this torch, for what its stable ABI leaves out. Such a binary loads under no other.
+add_library(torch_exact INTERFACE)
+target_include_directories(torch_exact SYSTEM INTERFACE
+  "${NORMKERN_TORCH_DIR}/include" "${NORMKERN_TORCH_DIR}/include/torch/csrc/api/include")
+foreach(library torch_python torch_cpu c10)
+  target_link_libraries(torch_exact INTERFACE "${NORMKERN_TORCH_DIR}/lib/lib${library}.so")
+endforeach()

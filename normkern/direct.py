@@ -49,24 +49,26 @@ def _unwatched() -> bool:
     return not any(watcher() for watcher in _watchers)
 
 
-class _Direct(torch.autograd.Function):
-    """Its forward is C++ (differentiable_forward), and so is its backward (differentiable_backward) where nothing
-    watches and nothing has to be differentiable again; both are set below."""
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        known, moments = ctx.known
-        problem: Problem = known.problem
-        wanted = ctx.needs_input_grad[1:5]
-        x, weight, bias, residual, *given = ctx.saved_tensors
-        mean, var = given or (None, None)
-        wanted += (False,) * (4 - len(wanted))  # the last arguments may be missing
-        if moments is not None:
-            both = torch.frombuffer(moments, dtype=torch.float64)
-            mean, var = (None, both) if problem.moments == Moments.second else both.view(2, -1).unbind()
-        backend = backends.BACKENDS["native"]
-        found = autograd.gradients(problem, backend, wanted, dy, known.strides, x, weight, bias, residual, mean, var)
-        return (None, *found)[: len(ctx.needs_input_grad)]
+def _gradients(
+    known: Any,
+    moments: Tensor | None,
+    needs: int,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias and dresidual of a remembered call where its kernel cannot make them: where they have to be
+    differentiable again, or something watches."""
+    problem: Problem = known.problem
+    if moments is not None:
+        mean, var = (None, moments) if problem.moments == Moments.second else moments.view(2, -1).unbind()
+    wanted = tuple(bool(needs >> i & 1) for i in range(4))
+    backend = backends.BACKENDS["native"]
+    return autograd.gradients(problem, backend, wanted, dy, known.strides, x, weight, bias, residual, mean, var)
 
 
 def _host() -> Any:
@@ -75,11 +77,8 @@ def _host() -> Any:
         host: Any = importlib.import_module("normkern._host")
     except ImportError:
         return None
-    if not hasattr(host, "differentiable_backward"):  # of an older build
+    if not hasattr(host, "lend"):  # of an older build
         return None
-    _Direct.forward = staticmethod(host.differentiable_forward)  # type: ignore[method-assign]
-    # As autograd._run: Function.apply without what it does for torch.func, which never comes here.
-    apply = super(torch.autograd.Function, _Direct).apply
     sees = host.set_up(
         Tensor,
         torch.nn.Parameter,
@@ -88,20 +87,28 @@ def _host() -> Any:
         torch.is_grad_enabled,
         _watchers,
         _allowed,
-        apply,
         autograd.same_buffer,
-        _Direct.backward,
         *thread_pool(),
     )
-    if not sees:
-        return None
-    node: Any = getattr(_Direct, "_backward_cls", None)
-    if hasattr(node, "apply"):  # what autograd calls: from C++ to C++, past the Python in between
-        node.apply = host.method(host.differentiable_backward)
-    return host
+    return host if sees else None
+
+
+def _take_node(host: Any) -> str | None:
+    """Let recognized calls be differentiable, in C++; or why they are not, and take the general path."""
+    if host is None:
+        return "the kernels are not built"
+    if host.build_info["torch"] != torch.__version__:
+        return f"built for torch {host.build_info['torch']}"
+    try:
+        node: Any = importlib.import_module("normkern._node")
+    except ImportError as error:
+        return f"not built ({error})"
+    host.lend(node.lend(host.passes, _gradients))
+    return None
 
 
 _HOST = _host()
+node_why_not = _take_node(_HOST)
 _run: Any = (lambda *_: None) if _HOST is None else _HOST.run
 _increment_version: Any = torch.autograd.graph.increment_version
 

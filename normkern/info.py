@@ -10,6 +10,7 @@ import subprocess
 import torch
 
 import normkern
+from normkern import direct
 from normkern.backends import forced_backend
 
 # What each norm is asked about, with an input of shape (2, 8, 8, 8).
@@ -49,6 +50,7 @@ def build_lines() -> list[tuple[str, str]]:
         ("kernels", built),
         ("CPU kernels", f"{host.cpu_instruction_set()}, chosen from {sets}"),
         ("CUDA kernels", cuda if build_info["cuda"] else "not built"),
+        ("autograd node", direct.node_why_not or f"for torch {build_info['torch']}"),
     ]
 
 

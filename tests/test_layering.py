@@ -16,6 +16,7 @@ MAY_INCLUDE = {
     "cuda": r"\.\./core/.*|dlfcn\.h|cufft\.h",
     "bind": r"\.\./(core|cpu|cuda)/.*\.h|build_info\.h|pybind11/.*|torch/csrc/stable/.*|torch/headeronly/.*|"
     r"cuda_runtime_api\.h|dlfcn\.h|Python\.h",
+    "graph": r"\.\./bind/lent\.h|torch/csrc/.*|ATen/.*|c10/.*",
     "tests": r"\.\./(core|cpu)/.*",
 }
 

@@ -10,7 +10,7 @@
 #include <optional>
 
 #include "../core/problem.h"
-#include "dlpack.h"
+#include "torch_side.h"
 
 namespace normkern::bind {
 
@@ -18,21 +18,6 @@ namespace normkern::bind {
 // too, so that the bits are the same.
 constexpr int64_t kMostElements = 1 << 22, kMostOfOneThread = 1 << 14;
 constexpr int32_t kMostDims = 8;
-
-// What Python lends, once.
-struct TorchSide {
-  PyObject *tensor = nullptr, *parameter = nullptr;  // types: these two exactly, no other subclass
-  PyObject *empty_like = nullptr, *is_neg = nullptr, *is_grad_enabled = nullptr;
-  PyObject* watchers = nullptr;     // a tuple of functions, each of which says whether something looks at this call
-  PyObject* allowed = nullptr;      // whether this backend runs a call on that tensor
-  PyObject* apply = nullptr;        // of the autograd.Function whose forward is differentiable_forward
-  PyObject* same_buffer = nullptr;  // of dy and x: dy laid out as x
-  PyObject* slow = nullptr;         // the backward of that Function that always works
-  const DlExchange* exchange = nullptr;
-  int64_t (*thread_count)() = nullptr;
-  void (*run_on_threads)(int64_t tasks, void (*task)(void*, int64_t), void* state) = nullptr;
-};
-inline TorchSide torch_side;
 
 struct Operand {
   DlTensor t;
@@ -65,14 +50,6 @@ inline bool look(PyObject* object, Operand& o) {
   o.numel = 1;
   for (int32_t i = 0; i < o.t.ndim; ++i) o.numel *= o.t.shape[i];
   return o.numel > 0 && o.numel <= (torch_side.run_on_threads ? kMostElements : kMostOfOneThread);
-}
-
-// A view that stands for the negative of its memory, which DLPack does not show.
-inline bool negated(PyObject* object) {
-  PyObject* answer = PyObject_CallOneArg(torch_side.is_neg, object);
-  if (!answer) PyErr_Clear();
-  Py_XDECREF(answer);
-  return answer != Py_False;
 }
 
 inline void* data(const Operand& o) { return static_cast<char*>(o.t.data) + o.t.byte_offset; }
@@ -169,21 +146,18 @@ struct HashOfKey {
   size_t operator()(const Key& key) const { return key.hash(); }
 };
 
-// Positions of the tensors in a call and in the argument lists of the two passes.
-enum Slot { kX, kWeight, kBias, kResidual, kMean, kVar, kSlots };
-
 // `arguments`: the name of the norm, the six tensors or None, then options. False: a call that is not for this file.
 inline bool key_of(PyObject* const* arguments, Py_ssize_t count, Key& key) {
   Operand x, other;
   PyObject* const* tensors = arguments + 1;
-  if (count <= kSlots || !look(tensors[kX], x) || negated(tensors[kX])) return false;
+  if (count <= kSlots || !look(tensors[kX], x) || !plain(tensors[kX])) return false;
   if (!key.push_option(arguments[0]) || !key.push_shape(x) || !key.push_strides(x)) return false;
   for (int slot = kWeight; slot < kSlots; ++slot) {
     if (tensors[slot] == Py_None) {
       if (!key.push(-1)) return false;
       continue;
     }
-    if (!look(tensors[slot], other) || negated(tensors[slot])) return false;
+    if (!look(tensors[slot], other) || !plain(tensors[slot])) return false;
     const bool fits = slot == kResidual ? same_layout(other, x) : contiguous(other);
     if (!fits || !key.push_shape(other)) return false;
   }
