@@ -117,6 +117,8 @@ def test_not_where_calls_are_watched_or_transformed(counter: Counter, norm: str)
         torch.testing.assert_close(torch.func.vmap(f)(torch.stack([X, X]))[1], y)
         torch.func.jvp(f, (X,), (X,))
         torch.func.grad(lambda x: f(x).square().sum())(X)
+        torch.func.vmap(lambda t: t + f(X))(torch.zeros(2, 1))  # what is not batched is a tensor like any other
+        torch.testing.assert_close(torch.jit.trace(f, X, check_trace=False)(X + 0), y)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         f(X)
     operator = "batch_forward" if norm == "batch" else "forward"

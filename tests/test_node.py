@@ -87,6 +87,8 @@ def test_gradients_that_are_asked_for(want: tuple[Tensor, ...], monkeypatch: pyt
     y.backward(DY)
     assert same((x.grad, weight.grad), want)
     assert not asked
+    with torch.no_grad():
+        assert not normkern.group_norm(x, 2, weight).requires_grad
     frozen = norm(X, weight)
     frozen.backward(DY)
     assert same((weight.grad,), (2 * want[1],))
