@@ -79,8 +79,15 @@ class Backward {
           sum_and_slope(box, center, w, shares_[task]);
           continue;
         }
-        sum(box, center, w, shares_[task], keeps ? kept.get() : nullptr);
-        finish(box, center, w.sums, w);
+        clear(box, w);
+        add_sums(box, center, w, shares_[task], keeps ? kept.get() : nullptr);
+        if (l_.columns) {
+          fold(box, center, w, shares_[task]);
+          finish(box, center, w.sums, w);
+        } else {
+          const double* g = p_.moments == Moments::mean_var ? w.first : nullptr;
+          kernels_.slopes_of_sums(box.groups(), g, w.second, double(l_.stats.count()), center, w.slope, w.offset);
+        }
         slope(box, center, w, keeps ? kept.get() : nullptr);
       }
     });
@@ -176,6 +183,13 @@ class Backward {
   }
 
   void read_moments(const Box& box, int64_t first, Centers<A>& centers) const {
+    const bool doubles = a_.var.dtype == DType::f64 && (!a_.mean.data || a_.mean.dtype == DType::f64);
+    if (!l_.columns && doubles) {
+      const int64_t at = box.b * l_.stats.keep + box.k0;
+      const auto* mean = p_.moments == Moments::second ? nullptr : static_cast<const double*>(a_.mean.data) + at;
+      const auto* var = static_cast<const double*>(a_.var.data) + at;
+      return kernels_.centers_of_moments(box.groups(), {mean, var}, p_.eps, centers.runs_at(first));
+    }
     centers.set(l_, box, p_.eps, first, elements(box), [&](int64_t k) {
       const int64_t group = box.b * l_.stats.keep + box.k0 + k;
       return Spread{1, p_.moments == Moments::second ? 0 : element(a_.mean, group), element(a_.var, group)};
@@ -271,9 +285,9 @@ class Backward {
 
   Elements<A> elements(const Box& box) const { return at_box(elements_, l_, box); }
 
-  void sum(const Box& box, Center<A> center, const Scratch& w, const Share& share, A* kept = nullptr) const {
+  void sum(const Box& box, Center<A> center, const Scratch& w, const Share& share) const {
     clear(box, w);
-    add_sums(box, center, w, share, kept);
+    add_sums(box, center, w, share);
     fold(box, center, w, share);
   }
 

@@ -18,16 +18,32 @@ class BoxMoments {
     Buffer<A> quick;
     Buffer<double> wide, exact;
     Buffer<Spread> found;
+    GroupMoments<double> moments;
+    bool summed = false;  // the sums of the box that add() is asked about are there
     Scratch(const Layout& l, int64_t entries)
         : numbers(entries * (1 + lanes(l))),
           quick(buffer<A>(numbers)),
-          wide(buffer<double>(entries * 2)),
-          found(buffer<Spread>(entries)) {}
+          wide(buffer<double>(entries * 4)),
+          found(buffer<Spread>(entries)),
+          moments{wide.get() + 2 * entries, wide.get() + 3 * entries} {}
+    ShiftedSums<A> sums(int64_t n) const { return {quick.get(), quick.get() + n, wide.get(), wide.get() + n}; }
     static int64_t lanes(const Layout& l) { return l.columns || l.stats.rows == 1 ? 0 : 2 * kMaxLanes; }
   };
 
   BoxMoments(const Kernels<A>& kernels, const Layout& l, const void* x, DType dtype, bool centered)
       : kernels_(kernels), l_(l), x_(x), dtype_(dtype), centered_(centered) {}
+
+  // Centers of the groups of a box, and their moments in the scratch, at once. False where that cannot be; if the sums
+  // were not good, they are what add() goes on from.
+  bool center(const Box& box, double eps, Scratch& scratch, const RunCenters<A>& to) const {
+    scratch.summed = false;
+    const int64_t count = l_.stats.count();
+    if (l_.columns || count > kMaxSum || (l_.stats.rows > 1 && l_.stats.cols < kMaxLanes)) return false;
+    const ShiftedSums<A> sums = scratch.sums(box.groups());
+    run(kernels_.moments_runs, kernels_.moments_columns, box, true, sums);
+    scratch.summed = true;
+    return kernels_.centers_of_sums(box.groups(), sums, double(count), eps, centered_, scratch.moments, to);
+  }
 
   void add(const Box& box, Scratch& scratch, Spread* spreads) const {
     std::fill_n(spreads, box.groups(), Spread{});
@@ -51,9 +67,9 @@ class BoxMoments {
 
   void add_part(const Box& part, Scratch& scratch, Spread* spreads) const {
     const int64_t n = l_.entries_of(part), groups = part.groups(), cols = l_.columns ? l_.stats.cols : 1;
-    double* sum = scratch.wide.get();
-    ShiftedSums<A> quick = {scratch.quick.get(), scratch.quick.get() + n, sum, sum + n};
-    run(kernels_.moments_runs, kernels_.moments_columns, part, true, quick);
+    const ShiftedSums<A> quick = scratch.sums(n);
+    double* sum = quick.sum;
+    if (!scratch.summed) run(kernels_.moments_runs, kernels_.moments_columns, part, true, quick);
     // Runs too short for all lanes of a pack make long sums in the others.
     bool all_good = l_.columns || l_.stats.rows == 1 || l_.stats.cols >= kMaxLanes;
     Spread* found = scratch.found.get();
@@ -176,8 +192,12 @@ class Forward {
       for (int64_t i = Grid::cut(tiles.count(), wanted, task); i < end; ++i) {
         const Box box = tiles.box(i);
         add(box);
-        reduce_.add(box, scratch, found);
-        finish(box, found, task * entries, centers);
+        if (reduce_.center(box, p_.eps, scratch, centers.runs_at(task * entries))) {
+          write(box, scratch.moments);
+        } else {
+          reduce_.add(box, scratch, found);
+          finish(box, found, task * entries, centers);
+        }
         if (a_.y) map(box, centers.at(task * entries));
       }
     });
@@ -230,6 +250,12 @@ class Forward {
     };
     if (a_.y) return centers.set(l_, box, p_.eps, first, elements(box), moments_of);
     for (int64_t k = 0; k < box.groups(); ++k) moments_of(k);
+  }
+
+  void write(const Box& box, const GroupMoments<double>& moments) const {
+    const int64_t first = box.b * l_.stats.keep + box.k0, n = box.groups();
+    if (a_.mean_out && p_.moments == Moments::mean_var) std::copy_n(moments.mean, n, a_.mean_out + first);
+    if (a_.var_out) std::copy_n(moments.var, n, a_.var_out + first);
   }
 
   void map_all(const Grid& grid, const Centers<A>& centers) {

@@ -70,6 +70,18 @@ struct Slope {
   const A *slope, *offset;  // [entries]
 };
 
+// Mean and variance of every group; D is double or const double.
+template <class D>
+struct GroupMoments {
+  D *mean, *var;
+};
+
+// What a Center is made of, where entries are groups.
+template <class A>
+struct RunCenters {
+  A *mean, *low, *rstd;
+};
+
 // A is what elements are computed in. All sums end in float64.
 template <class A>
 struct Kernels {
@@ -81,6 +93,15 @@ struct Kernels {
                           ShiftedSums<A> s);
   void (*exact_moments_columns)(const void* x, const Columns& c, bool centered, bool pick, int64_t cols, int64_t period,
                                 ShiftedSums<double> s);
+  // Of n groups of `count` elements, a run each: moments and centers from their sums, or false where these are not good
+  // enough (see sums.h) and what was written is nothing.
+  bool (*centers_of_sums)(int64_t n, const ShiftedSums<A>& s, double count, double eps, bool centered,
+                          const GroupMoments<double>& moments, const RunCenters<A>& to);
+  // Centers from moments; without means they are 0.
+  void (*centers_of_moments)(int64_t n, const GroupMoments<const double>& moments, double eps, const RunCenters<A>& to);
+  // From the sums over every group of g, or null for second moments, and of g*xhat.
+  void (*slopes_of_sums)(int64_t n, const double* g, const double* g_xhat, double count, const Center<A>& center,
+                         A* slope, A* offset);
   // total = x + add, rounded.
   void (*add_runs)(const void* x, const void* add, void* total, const Runs& r);
   void (*map_runs)(const Elements<A>& e, const Runs& r, const Lookup& lookup, Center<A> center);

@@ -445,6 +445,14 @@ template <>
 constexpr bool kPaired<bf16> = true;
 using PairBits = Vector<uint32_t, kLanes>;
 
+// 2*kLanes floats as load_pair would bring them from bfloat16.
+NK_INLINE Pair<float> in_pair_order(Pack<float> first, Pack<float> second) {
+  Vector<uint32_t, kLanes> even;
+  for (uint32_t i = 0; i < kLanes; ++i) even[i] = 2 * i;
+  return {{__builtin_shuffle(first.part[0], second.part[0], even)},
+          {__builtin_shuffle(first.part[0], second.part[0], even + 1)}};
+}
+
 template <class A, class T>
 NK_INLINE Pair<A> load_pair(const T* p) {
   if constexpr (kPaired<T> && sizeof(A) == 4) {

@@ -306,6 +306,11 @@ class Centers {
     return {v, v + n_, v + 2 * n_, columns_ ? v + 3 * n_ : nullptr, columns_ ? v + 4 * n_ : nullptr};
   }
 
+  RunCenters<A> runs_at(int64_t i) {
+    A* v = vectors_.get() + i;
+    return {v, v + n_, v + 2 * n_};
+  }
+
   // Sets the entries of a box, from `first` on: moments_of(k) is called once for each of its groups and returns a
   // Spread of count 1, that is mean and variance. `weight` and `bias` are those of columns.
   template <class MomentsOf>

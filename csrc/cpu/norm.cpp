@@ -2,6 +2,7 @@
 //
 // Everything here is internal but kTable: an inline function that two of these objects share could be linked from the
 // wrong one (cmake checks that none is left). So no standard library, and of core only plain data.
+#include "centers.h"
 #include "elements.h"
 #include "gradient_sums.h"
 #include "packs.h"
@@ -30,6 +31,24 @@ void add_runs(const void* x, const void* add, void* total, const Runs& r) {
   }
 }
 
+// What belongs to up to kMost columns, in the order of pairs (lanes.h).
+template <class A, int kVectors>
+struct PairedColumns {
+  static constexpr int64_t kMost = 512;
+  A at[kVectors][kMost];
+
+  NK_INLINE void set(int vector, const A* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += 2 * kLanes) {
+      const Pair<A> v = in_pair_order(load<A>(from + i), load<A>(from + i + kLanes));
+      store(at[vector] + i, v.a);
+      store(at[vector] + i + kLanes, v.b);
+    }
+  }
+};
+
+// Lines that are enough to be worth another order of the columns, and whole in it.
+NK_INLINE bool pairs_pay(int64_t lines, int64_t width) { return lines >= 8 && width % (2 * kLanes) == 0; }
+
 // A call of its own, as sum_pieces.
 template <Tail kTail, class T, class A>
 __attribute__((noinline)) void map_pieces(const Elements<A>& elements, Center<A> center, const Pieces p) {
@@ -56,11 +75,49 @@ __attribute__((noinline)) void map_pieces(const Elements<A>& elements, Center<A>
   }
 }
 
+// Whether every run is a line of the same weights.
+NK_INLINE bool rows_of_weights(const Runs& r, const Lookup& l) {
+  const int64_t slice = l.length * l.rows;
+  return l.by_element && l.runs == 1 && r.lines == 1 && r.length == l.length && r.pitch == l.length &&
+         r.first % l.length == 0 && r.first / slice == (r.first + (r.count - 1) * r.pitch) / slice;
+}
+
+template <Tail kTail, class T, class A>
+__attribute__((noinline)) void map_paired_rows(const Elements<A>& elements, const Runs& r, const Lookup& l,
+                                               Center<A> center) {
+  const Elements<A> a = elements;
+  const int64_t entry = r.first / (l.length * l.rows) * l.length;
+  PairedColumns<A, 2> p;
+  for (int64_t from = 0; from < r.length; from += p.kMost) {
+    const int64_t n = r.length - from < p.kMost ? r.length - from : p.kMost;
+    p.set(0, a.weight + entry + from, n);
+    p.set(1, a.bias + entry + from, n);
+    for (int64_t run = 0; run < r.count; ++run) {
+      const int64_t e = r.first + run * r.pitch + from;
+      const T* x = static_cast<const T*>(a.x) + e;
+      T* y = static_cast<T*>(a.y) + e;
+      const auto xhat = Normalize<A>::of(center, run);
+      const auto z = [&](int64_t j, Pack<A> v)
+                         NK_INLINED { return fma(xhat(v), load<A>(p.at[0] + j), load<A>(p.at[1] + j)); };
+      const bool stream = a.stream && reinterpret_cast<uintptr_t>(y) % kStreamed<T> == 0;
+      const auto alone = [](int64_t, int64_t, auto) {};  // there is none
+      for_packs<true>(y, n, stream, alone, [&](int64_t j, auto streamed) NK_INLINED {
+        fetch(x + j, a.ahead, streamed);
+        const Pair<A> xs = load_pair<A>(x + j);
+        put_pair(y + j, finish_pair<kTail, T, A>(a, e + j, {z(j, xs.a), z(j + kLanes, xs.b)}), streamed);
+      });
+    }
+  }
+}
+
 template <class T, class A>
 void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center) {
   const Elements<A> a = elements;
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
+    if constexpr (kPaired<T> && kTail != Tail::any)
+      if (rows_of_weights(r, lookup) && pairs_pay(r.count, r.length))
+        return map_paired_rows<kTail, T>(a, r, lookup, center);
     for_pieces(r, lookup, [&](const Pieces& p) NK_INLINED {
       if (!lookup.by_element) return map_pieces<kTail, T>(a, center, p);
       const T* x = static_cast<const T*>(a.x) + p.e;
@@ -77,43 +134,16 @@ void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, 
   if (a.stream) end_stream();
 }
 
-// What a map needs of up to kMost columns, in the order of pairs (lanes.h).
-template <class A>
-struct PairedColumns {
-  static constexpr int64_t kMost = 512;
-  A mean[kMost], scale[kMost], shift[kMost];
-
-  void set(const Center<A>& center, int64_t from, int64_t n) {
-    set_one(center.mean + from, n, mean);
-    set_one(center.scale + from, n, scale);
-    set_one(center.shift + from, n, shift);
-  }
-
- private:
-  static void set_one(const A* from, int64_t n, A* to) {
-    for (int64_t i = 0; i < n; i += 2 * kLanes) {
-      for (int64_t j = 0; j < kLanes; ++j) {
-        to[i + j] = from[i + 2 * j];
-        to[i + kLanes + j] = from[i + 2 * j + 1];
-      }
-    }
-  }
-};
-
-// Lines that are enough to be worth another order of the columns, and whole in it.
-template <class A>
-NK_INLINE bool pairs_pay(const Elements<A>& a, const Columns& c) {
-  return c.lines >= 16 && c.tail == 0 && !a.by_line && c.width % (2 * kLanes) == 0;
-}
-
 template <Tail kTail, class T, class A>
 NK_INLINE void map_paired_columns(const Elements<A>& a, const Columns& c, const Center<A>& center) {
-  PairedColumns<A> p;
+  PairedColumns<A, 3> p;
   for (int64_t from = 0; from < c.width; from += p.kMost) {
     const int64_t n = c.width - from < p.kMost ? c.width - from : p.kMost;
-    p.set(center, from, n);
+    p.set(0, center.mean + from, n);
+    p.set(1, center.scale + from, n);
+    p.set(2, center.shift + from, n);
     const auto z = [&](int64_t j, Pack<A> x)
-                       NK_INLINED { return fma(x - load<A>(p.mean + j), load<A>(p.scale + j), load<A>(p.shift + j)); };
+                       NK_INLINED { return fma(x - load<A>(p.at[0] + j), load<A>(p.at[1] + j), load<A>(p.at[2] + j)); };
     for_lines(c, [&](int64_t, int64_t line, int64_t) NK_INLINED {
       const int64_t e = line + from;
       const T* x = static_cast<const T*>(a.x) + e;
@@ -135,7 +165,7 @@ void map_columns(const Elements<A>& elements, const Columns& c, Center<A> center
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
     if constexpr (kPaired<T> && kTail != Tail::any)
-      if (pairs_pay(a, c)) return map_paired_columns<kTail, T>(a, c, center);
+      if (!a.by_line && c.tail == 0 && pairs_pay(c.lines, c.width)) return map_paired_columns<kTail, T>(a, c, center);
     for_lines(c, [&](int64_t line, int64_t e, int64_t width) NK_INLINED {
       const T* x = static_cast<const T*>(a.x) + e;
       T* y = static_cast<T*>(a.y) + e;
@@ -222,10 +252,42 @@ __attribute__((noinline)) void slope_pieces(const Elements<A>& elements, Center<
 }
 
 template <class T, class A>
+__attribute__((noinline)) void slope_paired_rows(const Elements<A>& elements, const Runs& r, const Lookup& l,
+                                                 Center<A> center, Slope<A> slopes) {
+  const Elements<A> a = elements;
+  const int64_t entry = r.first / (l.length * l.rows) * l.length;
+  PairedColumns<A, 1> weight;
+  for (int64_t from = 0; from < r.length; from += weight.kMost) {
+    const int64_t n = r.length - from < weight.kMost ? r.length - from : weight.kMost;
+    weight.set(0, a.weight + entry + from, n);
+    for (int64_t run = 0; run < r.count; ++run) {
+      const int64_t e = r.first + run * r.pitch + from;
+      const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+      T* dx = static_cast<T*>(a.dx) + e;
+      const Through<Tail::none, T, A> through(a, center, slopes, run);
+      const auto of = [&](int64_t j, Pack<A> v, Pack<A> dz) NK_INLINED {
+        return through.of(v - through.mean, dz, load<A>(weight.at[0] + j) * through.rstd);
+      };
+      const bool stream = a.stream && reinterpret_cast<uintptr_t>(dx) % kStreamed<T> == 0;
+      const auto alone = [](int64_t, int64_t, auto) {};  // there is none
+      for_packs<true>(dx, n, stream, alone, [&](int64_t j, auto streamed) NK_INLINED {
+        fetch(x + j, a.ahead, streamed);
+        fetch(dy + j, a.ahead, streamed);
+        const Pair<A> xs = load_pair<A>(x + j), dz = load_pair<A>(dy + j);
+        put_pair(dx + j, {of(j, xs.a, dz.a), of(j + kLanes, xs.b, dz.b)}, streamed);
+      });
+    }
+  }
+}
+
+template <class T, class A>
 void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center, Slope<A> slopes) {
   const Elements<A> a = elements;
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
+    if constexpr (kPaired<T> && kTail == Tail::none)
+      if (rows_of_weights(r, lookup) && pairs_pay(r.count, r.length))
+        return slope_paired_rows<T>(a, r, lookup, center, slopes);
     for_pieces(r, lookup, [&](const Pieces& p) NK_INLINED {
       if (!lookup.by_element) return slope_pieces<kTail, T>(a, center, slopes, p);
       const T *x = static_cast<const T*>(a.x) + p.e, *dy = static_cast<const T*>(a.dy) + p.e;
@@ -276,10 +338,11 @@ void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> cent
 }
 
 template <class T, class A>
-constexpr Kernels<A> kKernels = {moments_runs<T, A>,         moments_runs<T, double>, moments_columns<T, A>,
-                                 moments_columns<T, double>, add_runs<T, A>,          map_runs<T, A>,
-                                 map_columns<T, A>,          sums_runs<T, A>,         sums_columns<T, A>,
-                                 slope_runs<T, A>,           slope_columns<T, A>};
+constexpr Kernels<A> kKernels = {
+    moments_runs<T, A>, moments_runs<T, double>, moments_columns<T, A>, moments_columns<T, double>,
+    centers_of_sums,    centers_of_moments,      slopes_of_sums,        add_runs<T, A>,
+    map_runs<T, A>,     map_columns<T, A>,       sums_runs<T, A>,       sums_columns<T, A>,
+    slope_runs<T, A>,   slope_columns<T, A>};
 
 }  // namespace
 

@@ -380,6 +380,12 @@ void table() {
         if (!large) run(make(g, dtype, 3, Act::none, 20));
         if (large && turn % 2) run(make(g, dtype, turn % 128, Act::none));
       }
+  // Rows in pairs, with more columns than are set up at once; also with weights of each of two batches, across tiles.
+  const Geometry rows[] = {{"rows", {16, 1, 1, 560}, {1, 16, 560, 1}},
+                           {"rows of two batches", {300, 1, 1, 560}, {2, 150, 560, 1}}};
+  for (const Geometry& g : rows)
+    for (Act act : {Act::none, Act::relu})
+      for (unsigned options : {3u, 67u}) run(make(g, DType::bf16, options, act));
 }
 
 // ---- exact properties ----

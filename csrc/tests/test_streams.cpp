@@ -81,7 +81,7 @@ int main() {
   for (DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
     cpu::with_type(dtype, [&](auto type) {
       for (int64_t cols : {64, 100, 513, 1024}) {
-        const Domain layer = {6, 1, 1, cols}, by_column = {1, 6, cols, 1}, batch = {1, 3, 4, cols},
+        const Domain layer = {9, 1, 1, cols}, by_column = {1, 9, cols, 1}, batch = {1, 3, 4, cols},
                      last = {1, 12, cols, 1};
         for (const auto& [stats, affine] : {std::pair<Domain, Domain>{layer, by_column}, {batch, batch}, {last, last}})
           for (Moments moments : {Moments::mean_var, Moments::given})
