@@ -110,6 +110,38 @@ __attribute__((noinline)) void map_paired_rows(const Elements<A>& elements, cons
   }
 }
 
+// Rows that are worth taking by two: not one alone, and past the caches only where both are aligned alike and long,
+// since two short ones at a time were slower to reach the memory than one after the other.
+template <class T>
+NK_INLINE bool two_pay(const Runs& r, bool stream) {
+  const int64_t bytes = r.length * int64_t(sizeof(T));
+  return r.count > 1 && (!stream || (bytes % kRegister == 0 && bytes >= 4096));
+}
+
+// Two rows at a time share what is loaded of the weights. Of an odd number the last comes twice.
+template <Tail kTail, class T, class A>
+__attribute__((noinline)) void map_two_rows(const Elements<A>& elements, const Runs& r, const Lookup& l,
+                                            Center<A> center) {
+  const Elements<A> a = elements;
+  const int64_t entry = r.first / (l.length * l.rows) * l.length;
+  const A *weight = a.weight + entry, *bias = a.bias + entry;
+  for (int64_t run = 0; run < r.count; run += 2) {
+    const int64_t other = run + 1 < r.count ? run + 1 : run;
+    const int64_t e = r.first + run * r.pitch, step = (other - run) * r.pitch;
+    const T* x = static_cast<const T*>(a.x) + e;
+    T* y = static_cast<T*>(a.y) + e;
+    const auto one = Normalize<A>::of(center, run), two = Normalize<A>::of(center, other);
+    for_packs(y, r.length, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
+      fetch(x + i, a.ahead, stream);
+      fetch(x + i + step, a.ahead, stream);
+      const Pack<A> w = load_some<A>(weight + i, m), b = load_some<A>(bias + i, m);
+      const Pack<A> z = fma(one(load_some<A>(x + i, m)), w, b), other_z = fma(two(load_some<A>(x + i + step, m)), w, b);
+      put(y + i, finish<kTail, T>(a, e + i, m, z), m, stream);
+      put(y + i + step, finish<kTail, T>(a, e + i + step, m, other_z), m, stream);
+    });
+  }
+}
+
 template <class T, class A>
 void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, Center<A> center) {
   const Elements<A> a = elements;
@@ -118,6 +150,8 @@ void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, 
     if constexpr (kPaired<T> && kTail != Tail::any)
       if (rows_of_weights(r, lookup) && pairs_pay(r.count, r.length))
         return map_paired_rows<kTail, T>(a, r, lookup, center);
+    if constexpr (kTail != Tail::any)
+      if (rows_of_weights(r, lookup) && two_pay<T>(r, a.stream)) return map_two_rows<kTail, T>(a, r, lookup, center);
     for_pieces(r, lookup, [&](const Pieces& p) NK_INLINED {
       if (!lookup.by_element) return map_pieces<kTail, T>(a, center, p);
       const T* x = static_cast<const T*>(a.x) + p.e;
