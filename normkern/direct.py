@@ -55,15 +55,12 @@ def _gradients(
     needs: int,
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    *saved: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """dx, dweight, dbias and dresidual of a remembered call where its kernel cannot make them: where they have to be
-    differentiable again, or something watches."""
+    differentiable again, or something watches. `saved` are weight, bias, residual, mean and var."""
     problem: Problem = known.problem
+    weight, bias, residual, mean, var = saved
     if moments is not None:
         mean, var = (None, moments) if problem.moments == Moments.second else moments.view(2, -1).unbind()
     wanted = tuple(bool(needs >> i & 1) for i in range(4))

@@ -188,8 +188,8 @@ PyObject* count_known(PyObject*, PyObject*) { return PyLong_FromSize_t(table().s
 
 PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS,
-     "set_up(Tensor, Parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, apply, same_buffer, slow, "
-     "thread_count, run_on_threads): what calls are recognized and run by; False if that cannot be."},
+     "set_up(Tensor, Parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, same_buffer, thread_count, "
+     "run_on_threads): what calls are recognized and run by; False if that cannot be."},
     {"run", fast<run>(), METH_FASTCALL,
      "run((name, x, weight, bias, residual, mean, var, *options), momentum) -> y or None"},
     {"lend", lend, METH_O, "lend(capsule or None): what _node answers instead of Python's functions."},

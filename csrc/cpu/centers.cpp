@@ -29,7 +29,7 @@ bool of_sums(int64_t n, const A* __restrict shift, const double* __restrict sum,
   int64_t bad = 0;
   for (int64_t k = 0; k < n; ++k) {
     const double off = kCentered ? group_mean[k] - double(shift[k]) : 0, var = group_var[k];
-    bad |= (var >= 1e-30 ? 0 : 1) | (var <= 1e30 ? 0 : 1) | (off * off <= 16 * var ? 0 : 1);
+    bad |= (var >= kLeastVar ? 0 : 1) | (var <= kMostVar ? 0 : 1) | (off * off <= kFarShift * var ? 0 : 1);
   }
   return bad == 0;
 }
@@ -48,23 +48,14 @@ void of_vars(int64_t n, const double* __restrict group_var, double eps, A* __res
   for (int64_t k = 0; k < n; ++k) rstd[k] = canonical(A(1 / __builtin_sqrt(group_var[k] + eps)));
 }
 
-template <class A>
-void slopes(int64_t n, const double* __restrict g_xhat, double count, const A* __restrict low, const A* __restrict rstd,
-            A* __restrict slope, A* __restrict offset) {
-  for (int64_t k = 0; k < n; ++k) {
-    const double r = rstd[k], through = -r * (g_xhat[k] / count);
-    slope[k] = A(through);
-    offset[k] = A(-double(low[k]) * r * through);
-  }
-}
-
-template <class A>
+// Without kMeans g is not read.
+template <bool kMeans, class A>
 void slopes(int64_t n, const double* __restrict g, const double* __restrict g_xhat, double count,
             const A* __restrict low, const A* __restrict rstd, A* __restrict slope, A* __restrict offset) {
   for (int64_t k = 0; k < n; ++k) {
     const double r = rstd[k], through = -r * (g_xhat[k] / count);
     slope[k] = A(through);
-    offset[k] = A(-r * (g[k] / count) - double(low[k]) * r * through);
+    offset[k] = A(kMeans ? -r * (g[k] / count) - double(low[k]) * r * through : -double(low[k]) * r * through);
   }
 }
 
@@ -85,8 +76,8 @@ void any_of_moments(int64_t n, const GroupMoments<const double>& moments, double
 template <class A>
 void any_slopes(int64_t n, const double* g, const double* g_xhat, double count, const Center<A>& c, A* slope,
                 A* offset) {
-  g ? slopes(n, g, g_xhat, count, c.low, c.rstd, slope, offset)
-    : slopes(n, g_xhat, count, c.low, c.rstd, slope, offset);
+  const auto of = g ? slopes<true, A> : slopes<false, A>;
+  of(n, g, g_xhat, count, c.low, c.rstd, slope, offset);
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ class BoxMoments {
   bool center(const Box& box, double eps, Scratch& scratch, const RunCenters<A>& to) const {
     scratch.summed = false;
     const int64_t count = l_.stats.count();
-    if (l_.columns || count > kMaxSum || (l_.stats.rows > 1 && l_.stats.cols < kMaxLanes)) return false;
+    if (l_.columns || count > kMaxSum || !fills_lanes()) return false;
     const ShiftedSums<A> sums = scratch.sums(box.groups());
     run(kernels_.moments_runs, kernels_.moments_columns, box, true, sums);
     scratch.summed = true;
@@ -59,10 +59,14 @@ class BoxMoments {
   }
 
  private:
-  // Whether float32 sums around this shift are good: it was near the mean, and nothing has over- or underflowed.
+  // Runs too short for all lanes of a pack make long sums in the others.
+  bool fills_lanes() const { return l_.columns || l_.stats.rows == 1 || l_.stats.cols >= kMaxLanes; }
+
+  // Whether float32 sums around this shift are good.
   bool good(const Spread& s, double shift) const {
     const double off = s.mean - shift;
-    return s.m2 >= 1e-30 * s.count && s.m2 <= 1e30 * s.count && (!centered_ || off * off * s.count <= 16 * s.m2);
+    return s.m2 >= kLeastVar * s.count && s.m2 <= kMostVar * s.count &&
+           (!centered_ || off * off * s.count <= kFarShift * s.m2);
   }
 
   void add_part(const Box& part, Scratch& scratch, Spread* spreads) const {
@@ -70,8 +74,7 @@ class BoxMoments {
     const ShiftedSums<A> quick = scratch.sums(n);
     double* sum = quick.sum;
     if (!scratch.summed) run(kernels_.moments_runs, kernels_.moments_columns, part, true, quick);
-    // Runs too short for all lanes of a pack make long sums in the others.
-    bool all_good = l_.columns || l_.stats.rows == 1 || l_.stats.cols >= kMaxLanes;
+    bool all_good = fills_lanes();
     Spread* found = scratch.found.get();
     for (int64_t k = 0; k < groups; ++k) {
       const double shift = quick.shift[k * cols];

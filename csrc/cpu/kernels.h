@@ -36,6 +36,9 @@ struct ShiftedSums {
   double *sum, *squares;  // [entries]
 };
 constexpr int64_t kMaxLanes = 16;
+// Such sums in float32 are good where nothing over- or underflowed and the shift was near the mean: the variance is
+// within these bounds, and the mean's distance from the shift, squared, at most so many variances.
+constexpr double kLeastVar = 1e-30, kMostVar = 1e30, kFarShift = 16;
 
 // How x is normalized. mean + low is the mean to twice the precision of A. Columns have the affine step folded in:
 // z = (x - mean)*scale + shift.

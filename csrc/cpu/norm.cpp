@@ -82,11 +82,14 @@ NK_INLINE bool rows_of_weights(const Runs& r, const Lookup& l) {
          r.first % l.length == 0 && r.first / slice == (r.first + (r.count - 1) * r.pitch) / slice;
 }
 
+// Of such rows.
+NK_INLINE int64_t first_entry(const Runs& r, const Lookup& l) { return r.first / (l.length * l.rows) * l.length; }
+
 template <Tail kTail, class T, class A>
 __attribute__((noinline)) void map_paired_rows(const Elements<A>& elements, const Runs& r, const Lookup& l,
                                                Center<A> center) {
   const Elements<A> a = elements;
-  const int64_t entry = r.first / (l.length * l.rows) * l.length;
+  const int64_t entry = first_entry(r, l);
   PairedColumns<A, 2> p;
   for (int64_t from = 0; from < r.length; from += p.kMost) {
     const int64_t n = r.length - from < p.kMost ? r.length - from : p.kMost;
@@ -99,9 +102,7 @@ __attribute__((noinline)) void map_paired_rows(const Elements<A>& elements, cons
       const auto xhat = Normalize<A>::of(center, run);
       const auto z = [&](int64_t j, Pack<A> v)
                          NK_INLINED { return fma(xhat(v), load<A>(p.at[0] + j), load<A>(p.at[1] + j)); };
-      const bool stream = a.stream && reinterpret_cast<uintptr_t>(y) % kStreamed<T> == 0;
-      const auto alone = [](int64_t, int64_t, auto) {};  // there is none
-      for_packs<true>(y, n, stream, alone, [&](int64_t j, auto streamed) NK_INLINED {
+      for_pairs(y, n, a.stream, [&](int64_t j, auto streamed) NK_INLINED {
         fetch(x + j, a.ahead, streamed);
         const Pair<A> xs = load_pair<A>(x + j);
         put_pair(y + j, finish_pair<kTail, T, A>(a, e + j, {z(j, xs.a), z(j + kLanes, xs.b)}), streamed);
@@ -123,7 +124,7 @@ template <Tail kTail, class T, class A>
 __attribute__((noinline)) void map_two_rows(const Elements<A>& elements, const Runs& r, const Lookup& l,
                                             Center<A> center) {
   const Elements<A> a = elements;
-  const int64_t entry = r.first / (l.length * l.rows) * l.length;
+  const int64_t entry = first_entry(r, l);
   const A *weight = a.weight + entry, *bias = a.bias + entry;
   for (int64_t run = 0; run < r.count; run += 2) {
     const int64_t other = run + 1 < r.count ? run + 1 : run;
@@ -147,11 +148,13 @@ void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, 
   const Elements<A> a = elements;
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
-    if constexpr (kPaired<T> && kTail != Tail::any)
-      if (rows_of_weights(r, lookup) && pairs_pay(r.count, r.length))
-        return map_paired_rows<kTail, T>(a, r, lookup, center);
-    if constexpr (kTail != Tail::any)
-      if (rows_of_weights(r, lookup) && two_pay<T>(r, a.stream)) return map_two_rows<kTail, T>(a, r, lookup, center);
+    if constexpr (kTail != Tail::any) {
+      if (rows_of_weights(r, lookup)) {
+        if constexpr (kPaired<T>)
+          if (pairs_pay(r.count, r.length)) return map_paired_rows<kTail, T>(a, r, lookup, center);
+        if (two_pay<T>(r, a.stream)) return map_two_rows<kTail, T>(a, r, lookup, center);
+      }
+    }
     for_pieces(r, lookup, [&](const Pieces& p) NK_INLINED {
       if (!lookup.by_element) return map_pieces<kTail, T>(a, center, p);
       const T* x = static_cast<const T*>(a.x) + p.e;
@@ -182,9 +185,7 @@ NK_INLINE void map_paired_columns(const Elements<A>& a, const Columns& c, const 
       const int64_t e = line + from;
       const T* x = static_cast<const T*>(a.x) + e;
       T* y = static_cast<T*>(a.y) + e;
-      const bool stream = a.stream && reinterpret_cast<uintptr_t>(y) % kStreamed<T> == 0;
-      const auto alone = [](int64_t, int64_t, auto) {};  // there is none
-      for_packs<true>(y, n, stream, alone, [&](int64_t j, auto streamed) NK_INLINED {
+      for_pairs(y, n, a.stream, [&](int64_t j, auto streamed) NK_INLINED {
         fetch(x + j, 0, streamed);
         const Pair<A> xs = load_pair<A>(x + j);
         put_pair(y + j, finish_pair<kTail, T, A>(a, e + j, {z(j, xs.a), z(j + kLanes, xs.b)}), streamed);
@@ -289,7 +290,7 @@ template <class T, class A>
 __attribute__((noinline)) void slope_paired_rows(const Elements<A>& elements, const Runs& r, const Lookup& l,
                                                  Center<A> center, Slope<A> slopes) {
   const Elements<A> a = elements;
-  const int64_t entry = r.first / (l.length * l.rows) * l.length;
+  const int64_t entry = first_entry(r, l);
   PairedColumns<A, 1> weight;
   for (int64_t from = 0; from < r.length; from += weight.kMost) {
     const int64_t n = r.length - from < weight.kMost ? r.length - from : weight.kMost;
@@ -302,9 +303,7 @@ __attribute__((noinline)) void slope_paired_rows(const Elements<A>& elements, co
       const auto of = [&](int64_t j, Pack<A> v, Pack<A> dz) NK_INLINED {
         return through.of(v - through.mean, dz, load<A>(weight.at[0] + j) * through.rstd);
       };
-      const bool stream = a.stream && reinterpret_cast<uintptr_t>(dx) % kStreamed<T> == 0;
-      const auto alone = [](int64_t, int64_t, auto) {};  // there is none
-      for_packs<true>(dx, n, stream, alone, [&](int64_t j, auto streamed) NK_INLINED {
+      for_pairs(dx, n, a.stream, [&](int64_t j, auto streamed) NK_INLINED {
         fetch(x + j, a.ahead, streamed);
         fetch(dy + j, a.ahead, streamed);
         const Pair<A> xs = load_pair<A>(x + j), dz = load_pair<A>(dy + j);

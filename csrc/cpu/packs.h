@@ -44,6 +44,13 @@ NK_INLINE void for_packs(const T* to, int64_t n, bool stream, Step step) {
   for_packs<false>(to, n, stream, step, 0);
 }
 
+// As for_packs of pairs alone: n is a multiple of two packs.
+template <class T, class PairStep>
+NK_INLINE void for_pairs(const T* to, int64_t n, bool stream, PairStep pair) {
+  const bool aligned = reinterpret_cast<uintptr_t>(to) % kStreamed<T> == 0;
+  for_packs<true>(to, n, stream && aligned, [](int64_t, int64_t, auto) {}, pair);
+}
+
 template <class Stream, class T, class A>
 NK_INLINE void put(T* p, Pack<A> v, int64_t n, Stream) {
   if constexpr (Stream::value)

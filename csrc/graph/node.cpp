@@ -2,7 +2,7 @@
 // kernels.
 //
 // Autograd's nodes are not in torch's stable ABI, so this module loads under the very torch that it was built against;
-// without it normkern/direct.py takes torch.autograd.Function. Nothing is computed here: _host lends the kernels.
+// without it calls that need a graph are not recognized. Nothing is computed here: _host lends the kernels.
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
