@@ -34,7 +34,7 @@ void add_runs(const void* x, const void* add, void* total, const Runs& r) {
 // What belongs to up to kMost columns, in the order of pairs (lanes.h).
 template <class A, int kVectors>
 struct PairedColumns {
-  static constexpr int64_t kMost = 512;
+  static constexpr int64_t kMost = 1024;
   A at[kVectors][kMost];
 
   NK_INLINE void set(int vector, const A* from, int64_t n) {
@@ -341,10 +341,44 @@ void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup
 }
 
 template <class T, class A>
+__attribute__((noinline)) void slope_paired_columns(const Elements<A>& elements, const Columns& c, Center<A> center,
+                                                    Slope<A> slopes) {
+  const Elements<A> a = elements;
+  PairedColumns<A, 5> p;
+  for (int64_t from = 0; from < c.width; from += p.kMost) {
+    const int64_t n = c.width - from < p.kMost ? c.width - from : p.kMost;
+    p.set(0, center.mean + from, n);
+    p.set(1, center.rstd + from, n);
+    p.set(2, slopes.slope + from, n);
+    p.set(3, center.scale + from, n);
+    p.set(4, slopes.offset + from, n);
+    const auto of = [&](int64_t j, Pack<A> x, Pack<A> dz) NK_INLINED {
+      const Pack<A> xhat = (x - load<A>(p.at[0] + j)) * load<A>(p.at[1] + j);
+      return fma(xhat, load<A>(p.at[2] + j), fma(dz, load<A>(p.at[3] + j), load<A>(p.at[4] + j)));
+    };
+    for_lines(c, [&](int64_t, int64_t line, int64_t) NK_INLINED {
+      const int64_t e = line + from;
+      const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+      T* dx = static_cast<T*>(a.dx) + e;
+      for_pairs(dx, n, a.stream, [&](int64_t j, auto streamed) NK_INLINED {
+        fetch(x + j, 0, streamed);
+        fetch(dy + j, 0, streamed);
+        const Pair<A> xs = load_pair<A>(x + j), dz = load_pair<A>(dy + j);
+        put_pair(dx + j, {of(j, xs.a, dz.a), of(j + kLanes, xs.b, dz.b)}, streamed);
+      });
+    });
+  }
+  if (a.stream) end_stream();
+}
+
+template <class T, class A>
 void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> center, Slope<A> slopes) {
   const Elements<A> a = elements;
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
+    if constexpr (kPaired<T> && kTail == Tail::none)
+      if (!a.by_line && c.tail == 0 && pairs_pay(c.lines, c.width))
+        return slope_paired_columns<T>(a, c, center, slopes);
     for_lines(c, [&](int64_t line, int64_t e, int64_t width) NK_INLINED {
       const T* x = static_cast<const T*>(a.x) + e;
       T *dx = static_cast<T*>(a.dx) + e, *dresidual = static_cast<T*>(a.dresidual) + e;
