@@ -70,10 +70,16 @@ NK_INLINE void put_pair(bf16* p, Pair<float> v, Stream) {
 
 constexpr int64_t kAheadBytes = 2048;  // the hardware's own fetching ends with a page
 
-// What streams has left the caches: the next tile comes while this one goes, or without tiles what lies a little ahead.
+// What streams has left the caches: the next tile comes into the L2 cache while this one goes, or without tiles into the
+// L1 cache what lies a little ahead.
 template <class Stream, class T>
 NK_INLINE void fetch(const T* p, int64_t ahead, Stream) {
-  if constexpr (Stream::value) __builtin_prefetch(p + (ahead ? ahead : kAheadBytes / int64_t(sizeof(T))));
+  if constexpr (Stream::value) {
+    if (ahead)
+      __builtin_prefetch(p + ahead, 0, 2);
+    else
+      __builtin_prefetch(p + kAheadBytes / int64_t(sizeof(T)));
+  }
 }
 
 }  // namespace

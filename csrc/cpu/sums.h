@@ -158,18 +158,24 @@ template <class T, class S>
 NK_INLINE void pick_shifts(const T* x, const Columns& c, int64_t cols, int64_t period, S* shift) {
   const int64_t count = c.lines >= 8 ? 8 : c.lines >= 4 ? 4 : c.lines >= 2 ? 2 : 1, step = c.lines / count * c.stride;
   const int64_t all = period < c.width ? period : c.width;
-  for (int64_t j = 0; j < all;) {
-    const int64_t n = cols > 1 ? 1 : all - j < kLanes ? all - j : int64_t(kLanes);
-    const T* p = x + c.first + j;
-    Pack<S> v[8];
-    for (int64_t i = 0; i < count; ++i) v[i] = load_some<S>(p + i * step, n);
+  // The average of `count` values as a tree.
+  const auto average = [&](auto* v, auto share) NK_INLINED {
     for (int64_t half = count / 2; half > 0; half /= 2)
       for (int64_t i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
-    v[0] = v[0] * fill(S(1) / S(count));
+    return v[0] * share;
+  };
+  for (int64_t j = 0; j < all;) {
+    const T* p = x + c.first + j;
     if (cols > 1) {
-      for (int64_t i = 0; i < cols && j < all; ++i) shift[j++] = v[0].part[0][0];
+      S v[8];
+      for (int64_t i = 0; i < count; ++i) v[i] = S(value(p + i * step));
+      const S of_group = average(v, S(1) / S(count));
+      for (int64_t i = 0; i < cols && j < all; ++i) shift[j++] = of_group;
     } else {
-      store_some(shift + j, v[0], n);
+      const int64_t n = all - j < kLanes ? all - j : int64_t(kLanes);
+      Pack<S> v[8];
+      for (int64_t i = 0; i < count; ++i) v[i] = load_some<S>(p + i * step, n);
+      store_some(shift + j, average(v, fill(S(1) / S(count))), n);
       j += n;
     }
   }
