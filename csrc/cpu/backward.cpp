@@ -57,7 +57,7 @@ class Backward {
 
   void fused(int64_t wanted, const Tiles& tiles) {
     const int64_t entries = tiles.most_entries();
-    elements_.ahead = tiles.pitch();
+    elements_.ahead = tiles.pitch(2 * size_of(p_.dtype));
     Workspace all(wanted, tiles.keeps, entries);
     Centers<A> centers(l_, wanted * entries);
     shares_.resize(wanted);
@@ -88,7 +88,10 @@ class Backward {
           const double* g = p_.moments == Moments::mean_var ? w.first : nullptr;
           kernels_.slopes_of_sums(box.groups(), g, w.second, double(l_.stats.count()), center, w.slope, w.offset);
         }
-        slope(box, center, w, keeps ? kept.get() : nullptr);
+        if (keeps)
+          slope(box, center, w, kept.get());
+        else
+          from_end(l_, box, 2 * size_of(p_.dtype), [&](const Box& part) { slope(part, center, w); });
       }
     });
   }

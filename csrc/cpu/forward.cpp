@@ -185,7 +185,7 @@ class Forward {
 
   void fused(int64_t wanted, const Tiles& tiles) {
     const int64_t entries = tiles.most_entries();
-    elements_.ahead = tiles.pitch();
+    elements_.ahead = tiles.pitch(size_of(p_.dtype));
     const auto spreads = buffer<Spread>(wanted * tiles.keeps);
     Centers<A> centers(l_, wanted * entries);
     parallel(threads_, wanted, [&](int64_t task) {
@@ -201,7 +201,8 @@ class Forward {
           reduce_.add(box, scratch, found);
           finish(box, found, task * entries, centers);
         }
-        if (a_.y) map(box, centers.at(task * entries));
+        if (a_.y)
+          from_end(l_, box, size_of(p_.dtype), [&](const Box& part) { map(part, centers.at(task * entries)); });
       }
     });
   }

@@ -134,6 +134,32 @@ inline Layout::Layout(const Problem& p, bool has_affine) : stats(simplify(p.stat
   }
 }
 
+// Calls use(part) for the parts of a box that was just read from its start to its end, from the last to the first: what
+// is left of it in the cache is used before it goes. Columns came no sooner that way.
+template <class Use>
+void from_end(const Layout& l, const Box& box, int64_t bytes_per_element, Use use) {
+  const int64_t row = bytes_per_element * box.groups() * (box.c1 - box.c0);
+  if (l.columns || (box.r1 - box.r0) * row < kFarBytes) return use(box);
+  const auto parts = [](int64_t from, int64_t to, int64_t bytes_each, auto part) {
+    const int64_t step = std::max<int64_t>(1, kTileBytes / bytes_each);
+    for (int64_t end = to; end > from; end -= step) part(std::max(from, end - step), end);
+  };
+  Box part = box;
+  if (box.r1 - box.r0 > 1) {
+    parts(box.r0, box.r1, row, [&](int64_t r0, int64_t r1) {
+      part.r0 = r0;
+      part.r1 = r1;
+      use(part);
+    });
+  } else {
+    parts(box.c0, box.c1, bytes_per_element * box.groups(), [&](int64_t c0, int64_t c1) {
+      part.c0 = c0;
+      part.c1 = c1;
+      use(part);
+    });
+  }
+}
+
 // Boxes for about `wanted` threads: split where it costs least first. With `share_weights`, tasks rather take the same
 // columns of many groups than many columns of one: weight gradients then need less room.
 struct Grid {
@@ -213,8 +239,11 @@ struct Tiles {
     return x;
   }
   int64_t most_entries() const { return layout.columns ? layout.width : keeps; }
-  // Elements from a tile to the next one.
-  int64_t pitch() const { return layout.columns || per_batch == 1 ? 0 : keeps * layout.stats.cols; }
+  // Elements from a tile to the next one, if both find room in the cache.
+  int64_t pitch(int64_t bytes_per_element) const {
+    const bool large = keeps * layout.stats.count() * bytes_per_element >= kFarBytes;
+    return layout.columns || per_batch == 1 || large ? 0 : keeps * layout.stats.cols;
+  }
 };
 
 inline int64_t wanted_tasks(int64_t numel, const Threads& threads) {
