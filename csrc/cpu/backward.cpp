@@ -27,7 +27,7 @@ class Backward {
                   a.dtotal,    nullptr,        a.dx,
                   a.dresidual, weight_.data(), bias_.data(),
                   p.act,       l.by_line,      l.stats.numel() * size_of(p.dtype) >= kStreamBytes,
-                  0,           nullptr},
+                  0,           nullptr,        false},
         wants_weights_(a.dweight.data || a.dbias.data),
         wants_sums_(a.dx && p.moments != Moments::given) {}
 
@@ -39,8 +39,10 @@ class Backward {
       zeros_ = buffer<A>(n);
       std::fill_n(zeros_.get(), n, A(0));
     }
+    elements_.in_sums = writes_in_sums();
     const Tiles tiles(l_, 2 * size_of(p_.dtype), wanted);
-    tiles.balanced(wanted) && !wide_shares() ? fused(wanted, tiles) : split(wanted);
+    // Given moments leave no second sweep to find a tile in the cache: memory is then shared out in its own order.
+    wants_sums_ && tiles.balanced(wanted) && !wide_shares() ? fused(wanted, tiles) : split(wanted);
     if (wants_weights_) add_shares();
   }
 
@@ -171,8 +173,20 @@ class Backward {
     }
   };
 
-  // Where dx needs no sums, both sweeps go over a few rows at a time.
+  // With given moments one sweep is enough, if what goes past the caches is made of whole lines of memory. Strips of
+  // columns that stay in them are slower that way but as pairs.
+  bool writes_in_sums() const {
+    if (p_.moments != Moments::given || !wants_weights_ || !a_.dx || a_.dresidual || size_of(p_.dtype) == 8) return false;
+    if (l_.by_line || l_.lookup.by_element || (p_.act != Act::none && p_.act != Act::relu)) return false;
+    const auto whole = [](int64_t bytes) { return bytes % 64 == 0; };
+    if (l_.columns && !elements_.stream && p_.dtype != DType::bf16) return false;
+    const int64_t run = l_.columns ? l_.width : l_.stats.cols;
+    return !elements_.stream || (whole(reinterpret_cast<intptr_t>(a_.dx)) && whole(run * size_of(p_.dtype)));
+  }
+
+  // Where dx needs no sums, both sweeps go over a few rows at a time, or are one.
   void sum_and_slope(const Box& box, const Center<A>& center, const Scratch& w, const Share& share) const {
+    if (elements_.in_sums) return sum(box, center, w, share);
     const int64_t row = 2 * size_of(p_.dtype) * (l_.columns ? l_.entries_of(box) : box.groups() * l_.stats.cols);
     const int64_t step = std::max<int64_t>(1, kTileBytes / row);
     clear(box, w);

@@ -12,14 +12,34 @@ namespace {
 // Sums of dz and of dz*(x - mean)*rstd.
 using TwoSums = Vector<double, 2>;
 
+// What becomes of dx while the sums are made.
+enum class Dx { none, stored, streamed };
+
+template <Dx kDx>
+struct DxOf {
+  static constexpr Dx value = kDx;
+};
+
+// Calls sum(dx) with the Dx of the elements as a constant.
+template <Tail kTail, class A, class Sum>
+NK_INLINE void with_dx(const Elements<A>& a, Sum sum) {
+  if constexpr (kTail != Tail::any) {
+    if (a.in_sums && a.stream) return sum(DxOf<Dx::streamed>());
+    if (a.in_sums) return sum(DxOf<Dx::stored>());
+  }
+  sum(DxOf<Dx::none>());
+}
+
 // Of a piece with one weight.
-template <Tail kTail, class T, class A>
+template <Tail kTail, Dx kDx, class T, class A>
 NK_INLINE TwoSums sum_piece(const Elements<A>& a, Center<A> center, int64_t e, int64_t n, int64_t run, int64_t entry,
                             int64_t place) {
   const T *x = static_cast<const T*>(a.x) + e, *dy = static_cast<const T*>(a.dy) + e;
+  T* dx = static_cast<T*>(a.dx) + e;
   const A factor = center.rstd[run] * a.weight[entry];
   const Pack<A> mean = fill(center.mean[run]), rstd = fill(center.rstd[run]), scale = fill(factor),
                 shift = fill(a.bias[entry] - center.low[run] * factor);
+  using Streamed = typename YesIf<kDx == Dx::streamed>::type;
   const auto add = [&](Pack<A> xhat, Pack<A> dz, Pack<A>* to) NK_INLINED {
     to[0] = to[0] + dz;
     to[1] = fma(dz, xhat, to[1]);
@@ -29,20 +49,26 @@ NK_INLINE TwoSums sum_piece(const Elements<A>& a, Center<A> center, int64_t e, i
   for (int64_t start = 0; start < n; start += kBlock<A>) {
     const T *from = x + start, *dfrom = dy + start;
     Pack<A> sums[2] = {fill(A(0)), fill(A(0))};
-    const auto dz_at = [&](int64_t i, int64_t m, Pack<A> xs) NK_INLINED {
+    const auto dz_at = [&](int64_t i, int64_t m, Pack<A> xs, auto streamed) NK_INLINED {
       const Pack<A> dz = dz_of<kTail, T>(a, e + start + i, m, load_some<A>(dfrom + i, m),
                                          [&]() NK_INLINED { return fma(xs - mean, scale, shift); });
+      if constexpr (kDx != Dx::none) put(dx + start + i, dz * scale, m, streamed);
       return keep<kTail>(a, place + start + i, m, dz);
     };
     const auto step = [&](int64_t i, Pack<A>* to) NK_INLINED {
+      fetch(from + i, 0, Streamed());
+      fetch(dfrom + i, 0, Streamed());
       const Pack<A> xs = load<A>(from + i);
-      use(xs, dz_at(i, kLanes, xs), to);
+      use(xs, dz_at(i, kLanes, xs, Streamed()), to);
     };
     add_block<A, 2>(
         n - start < kBlock<A> ? n - start : kBlock<A>, sums,
         [&](int64_t i, Pack<A>* to, Pack<A>* other) NK_INLINED {
-          if constexpr (kTail == Tail::none) {
+          if constexpr (kTail == Tail::none && (kDx == Dx::none || kPaired<T>)) {
+            fetch(from + i, 0, Streamed());
+            fetch(dfrom + i, 0, Streamed());
             const Pair<A> xs = load_pair<A>(from + i), dz = load_pair<A>(dfrom + i);
+            if constexpr (kDx != Dx::none) put_pair(dx + start + i, {dz.a * scale, dz.b * scale}, Streamed());
             use(xs.a, dz.a, to);
             use(xs.b, dz.b, other);
           } else {
@@ -53,7 +79,8 @@ NK_INLINE TwoSums sum_piece(const Elements<A>& a, Center<A> center, int64_t e, i
         step,
         [&](int64_t m, int64_t left, Pack<A>* to) NK_INLINED {
           const LastPack last = last_pack(start + m, start + m - left);
-          const Pack<A> xs = load_some<A>(x + last.from, last.count), dz = dz_at(last.from - start, last.count, xs);
+          const Pack<A> xs = load_some<A>(x + last.from, last.count);
+          const Pack<A> dz = dz_at(last.from - start, last.count, xs, No());
           add(last_lanes((xs - mean) * rstd, last.left), last_lanes(dz, last.left), to);
         });
     all += totals(sums[0], sums[1]);
@@ -63,11 +90,11 @@ NK_INLINE TwoSums sum_piece(const Elements<A>& a, Center<A> center, int64_t e, i
 
 // Of every piece. A call of its own: short pieces are mostly what surrounds their few packs, and inlined that goes
 // through memory.
-template <Tail kTail, class T, class A>
+template <Tail kTail, Dx kDx, class T, class A>
 __attribute__((noinline)) void sum_pieces(const Elements<A>& elements, Center<A> center, const Pieces p, TwoSums* to) {
   const Elements<A> a = elements;
   for (int64_t i = 0; i < p.count; ++i)
-    to[i] = sum_piece<kTail, T>(a, center, p.e + i * p.n, p.n, p.run + i * p.step, p.entry + i, p.place + i * p.n);
+    to[i] = sum_piece<kTail, kDx, T>(a, center, p.e + i * p.n, p.n, p.run + i * p.step, p.entry + i, p.place + i * p.n);
 }
 
 // Of these rows the sums over weights stay in A, a part of their columns at a time.
@@ -187,16 +214,20 @@ void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup,
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
     if (!lookup.by_element) {
-      return for_pieces(r, lookup, [&](const Pieces& p) NK_INLINED {
+      for_pieces(r, lookup, [&](const Pieces& p) NK_INLINED {
         TwoSums found[kStrip];
-        sum_pieces<kTail, T>(a, center, p, found);
+        with_dx<kTail>(a, [&](auto dx) NK_INLINED { sum_pieces<kTail, decltype(dx)::value, T>(a, center, p, found); });
+        double g = 0, g_xhat = 0;
         for (int64_t i = 0; i < p.count; ++i) {
           const int64_t run = p.run + i * p.step, entry = p.entry + i;
           const double w = a.weight[entry], sum = found[i][0];
           const double sum_xhat = found[i][1] - double(center.low[run]) * double(center.rstd[run]) * sum;
-          if (s.g) {
-            s.g[run] += w * sum;
-            s.g_xhat[run] += w * sum_xhat;
+          g += w * sum;
+          g_xhat += w * sum_xhat;
+          if (s.g && (p.step || i + 1 == p.count)) {
+            s.g[run] += g;
+            s.g_xhat[run] += g_xhat;
+            g = g_xhat = 0;
           }
           if (s.dweight) {
             s.dbias[entry - s.origin] += sum;
@@ -204,6 +235,8 @@ void sums_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup,
           }
         }
       });
+      if (a.in_sums && a.stream) end_stream();
+      return;
     }
     Cursor cursor(lookup);
     for (int64_t line = 0; line < r.lines; ++line) {
@@ -260,41 +293,73 @@ void sums_lines(const Elements<A>& elements, const Columns& c, Center<A> center,
   }
 }
 
-template <class T, class A>
-void sums_columns(const Elements<A>& elements, const Columns& c, Center<A> center, BackwardSums s) {
-  if (elements.by_line) return sums_lines<T>(elements, c, center, s);
+// Columns in pairs, an order in which bfloat16 needs the fewest instructions.
+template <Tail kTail, Dx kDx, class T, class A>
+__attribute__((noinline)) void sums_strips(const Elements<A>& elements, const Columns& c, Center<A> center,
+                                           BackwardSums s) {
   const Elements<A> a = elements;
+  using Streamed = typename YesIf<kDx == Dx::streamed>::type;
+  constexpr bool kPairs = kPaired<T> && kTail == Tail::none;
+  constexpr int kStep = 8;
+  const T *x = static_cast<const T*>(a.x), *dy = static_cast<const T*>(a.dy);
+  T* dx = static_cast<T*>(a.dx);
+  const auto add = [&](int64_t j, int64_t n, Pack<A> sum, Pack<A> sum_xhat) NK_INLINED {
+    store_some(s.g + j, load_some<double>(s.g + j, n) + convert<double>(sum), n);
+    store_some(s.g_xhat + j, load_some<double>(s.g_xhat + j, n) + convert<double>(sum_xhat), n);
+  };
+  const auto strip = [&](int64_t j, int64_t n, int64_t left, int64_t e, int64_t lines) NK_INLINED {
+    fetch_strip<kStep>(x + e, j, c);
+    fetch_strip<kStep>(dy + e, j, c);
+    const Pack<A> mean = load_some<A>(center.mean + j, n), rstd = load_some<A>(center.rstd + j, n);
+    Pack<A> sum = fill(A(0)), sum_xhat = sum;
+    for_lines_of_strip<kStep>(lines, [&](int64_t line) NK_INLINED {
+      const int64_t at = e + line * c.stride;
+      const Pack<A> d = load_some<A>(x + at, n) - mean;
+      const Pack<A> dz = dz_of<kTail, T>(a, at, n, load_some<A>(dy + at, n), [&]() NK_INLINED {
+        return fma(d, load_some<A>(center.scale + j, n), load_some<A>(center.shift + j, n));
+      });
+      if constexpr (kDx != Dx::none) {
+        const Pack<A> through = dz * load_some<A>(center.scale + j, n);
+        left == kLanes ? put(dx + at, through, n, Streamed()) : put(dx + at, through, n, No());
+      }
+      keep<kTail>(a, at - c.first, n, dz);
+      sum = sum + dz;
+      sum_xhat = fma(dz, d * rstd, sum_xhat);
+    });
+    add(j, n, left == kLanes ? sum : last_lanes(sum, left), left == kLanes ? sum_xhat : last_lanes(sum_xhat, left));
+  };
+  const auto pair = [&](int64_t j, int64_t e, int64_t lines) NK_INLINED {
+    if constexpr (kPairs) {
+      fetch_strip<kStep>(x + e, j, c);
+      fetch_strip<kStep>(dy + e, j, c);
+      const auto of = [&](const A* vector) NK_INLINED {
+        return in_pair_order(load<A>(vector + j), load<A>(vector + j + kLanes));
+      };
+      const Pair<A> mean = of(center.mean), rstd = of(center.rstd), scale = of(center.scale);
+      Pair<A> sum = {fill(A(0)), fill(A(0))}, sum_xhat = sum;
+      for_lines_of_strip<kStep>(lines, [&](int64_t line) NK_INLINED {
+        const int64_t at = e + line * c.stride;
+        const Pair<A> xs = load_pair<A>(x + at), dz = load_pair<A>(dy + at);
+        if constexpr (kDx != Dx::none) put_pair(dx + at, {dz.a * scale.a, dz.b * scale.b}, Streamed());
+        sum = {sum.a + dz.a, sum.b + dz.b};
+        sum_xhat = {fma(dz.a, (xs.a - mean.a) * rstd.a, sum_xhat.a), fma(dz.b, (xs.b - mean.b) * rstd.b, sum_xhat.b)};
+      });
+      sum = from_pair_order(sum);
+      sum_xhat = from_pair_order(sum_xhat);
+      add(j, kLanes, sum.a, sum_xhat.a);
+      add(j + kLanes, kLanes, sum.b, sum_xhat.b);
+    }
+  };
+  for_strips<kStep, kPairs>(c, strip, pair);
+  if (kDx == Dx::streamed) end_stream();
+}
+
+template <class T, class A>
+void sums_columns(const Elements<A>& a, const Columns& c, Center<A> center, BackwardSums s) {
+  if (a.by_line) return sums_lines<T>(a, c, center, s);
   with_tail(a, [&](auto tail) NK_INLINED {
     constexpr Tail kTail = decltype(tail)::value;
-    constexpr int kStep = 8;
-    for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t left, int64_t e, int64_t lines) NK_INLINED {
-      fetch_strip<kStep>(static_cast<const T*>(a.x) + e, j, c);
-      fetch_strip<kStep>(static_cast<const T*>(a.dy) + e, j, c);
-      const Pack<A> mean = load_some<A>(center.mean + j, n), rstd = load_some<A>(center.rstd + j, n);
-      Pack<A> sum = fill(A(0)), sum_xhat = sum;
-      const auto step = [&](int64_t line) NK_INLINED {
-        const int64_t at = e + line * c.stride;
-        const Pack<A> d = load_some<A>(static_cast<const T*>(a.x) + at, n) - mean;
-        const Pack<A> dz = dz_of<kTail, T>(
-            a, at, n, load_some<A>(static_cast<const T*>(a.dy) + at, n),
-            [&]() NK_INLINED { return fma(d, load_some<A>(center.scale + j, n), load_some<A>(center.shift + j, n)); });
-        keep<kTail>(a, at - c.first, n, dz);
-        sum = sum + dz;
-        sum_xhat = fma(dz, d * rstd, sum_xhat);
-      };
-      if (lines == kStep) {
-#pragma GCC unroll 8
-        for (int64_t line = 0; line < kStep; ++line) step(line);
-      } else {
-        for (int64_t line = 0; line < lines; ++line) step(line);
-      }
-      if (left != kLanes) {
-        sum = last_lanes(sum, left);
-        sum_xhat = last_lanes(sum_xhat, left);
-      }
-      store_some(s.g + j, load_some<double>(s.g + j, n) + convert<double>(sum), n);
-      store_some(s.g_xhat + j, load_some<double>(s.g_xhat + j, n) + convert<double>(sum_xhat), n);
-    });
+    with_dx<kTail>(a, [&](auto dx) NK_INLINED { sums_strips<kTail, decltype(dx)::value, T>(a, c, center, s); });
   });
 }
 

@@ -57,6 +57,7 @@ struct Elements {
   bool stream;    // results are too large to be found in a cache again
   int64_t ahead;  // runs: elements from a tile to the next one, if x is walked in tiles
   A* kept;        // backward, or null: dz of every element in the order of the walk, from the sums to the slope
+  bool in_sums;   // backward of runs: dx is a multiple of dz, and the sums write it
 };
 
 // Sums over statistics groups of g and g*xhat, and over weights of dz and dz*xhat; either pair may be null. All add

@@ -466,6 +466,14 @@ NK_INLINE Pair<float> in_pair_order(Pack<float> first, Pack<float> second) {
           {__builtin_shuffle(first.part[0], second.part[0], even + 1)}};
 }
 
+// And back.
+NK_INLINE Pair<float> from_pair_order(Pair<float> v) {
+  Vector<uint32_t, kLanes> low;
+  for (uint32_t i = 0; i < kLanes; ++i) low[i] = i / 2 + i % 2 * kLanes;
+  return {{__builtin_shuffle(v.a.part[0], v.b.part[0], low)},
+          {__builtin_shuffle(v.a.part[0], v.b.part[0], low + kLanes / 2)}};
+}
+
 template <class A, class T>
 NK_INLINE Pair<A> load_pair(const T* p) {
   if constexpr (kPaired<T> && sizeof(A) == 4) {

@@ -217,6 +217,9 @@ struct Tiles {
       const int64_t bytes = std::max<int64_t>(1, l.stats.count() * bytes_per_element);
       keeps = std::max<int64_t>(1, std::min(kTileBytes / bytes, l.stats.groups() / wanted));
       keeps = std::min(keeps, l.stats.keep);
+      // As many for every task.
+      if (l.stats.batch % wanted != 0)
+        keeps = ceil_div(l.stats.keep, ceil_div(ceil_div(l.stats.keep, keeps), wanted) * wanted);
     }
     per_batch = ceil_div(l.stats.keep, keeps);
   }

@@ -12,6 +12,14 @@ struct Yes {
 struct No {
   static constexpr bool value = false;
 };
+template <bool kYes>
+struct YesIf {
+  typedef Yes type;
+};
+template <>
+struct YesIf<false> {
+  typedef No type;
+};
 
 // Calls step(i, pack length, stream) over [0, n) in packs that are written to `to`. Packs may overlap, so a step must
 // only depend on its elements; ranges shorter than a pack come as one partial pack. With kPairs, pair(i, stream) takes

@@ -130,13 +130,16 @@ void moments_runs(const void* data, const Runs& r, bool centered, bool pick, Shi
 
 // Calls step(j, n, left, e, lines) for a strip of n columns from j on, where `lines` elements lie c.stride apart from e
 // on, a few lines at a time: what a step keeps per column is then loaded and stored once for all of them. Only the last
-// `left` of the columns count, where left < kLanes: the others had their turn.
-template <int kStep, class Step>
-NK_INLINE void for_strips(const Columns& c, Step step) {
+// `left` of the columns count, where left < kLanes: the others had their turn. With kPairs, pair(j, e, lines) takes two
+// packs of columns wherever it can.
+template <int kStep, bool kPairs, class Step, class PairStep>
+NK_INLINE void for_strips(const Columns& c, Step step, PairStep pair) {
   constexpr int64_t kAll = kLanes;
   for (int64_t line = 0; line < c.lines; line += kStep) {
     const int64_t lines = c.lines - line < kStep ? c.lines - line : kStep, e = c.first + line * c.stride;
     int64_t j = 0;
+    if constexpr (kPairs)
+      for (; j + 2 * kAll <= c.width; j += 2 * kAll) pair(j, e + j, lines);
     for (; j + kAll <= c.width; j += kAll) step(j, kAll, kAll, e + j, lines);
     if (j == c.width) continue;
     const LastPack last = last_pack(c.width, j);
@@ -144,6 +147,17 @@ NK_INLINE void for_strips(const Columns& c, Step step) {
   }
   for (int64_t j = 0; j < c.tail; j += kAll)
     step(j, c.tail - j < kAll ? c.tail - j : kAll, kAll, c.first + c.lines * c.stride + j, int64_t(1));
+}
+
+// Calls step(line) for the lines of a strip.
+template <int kStep, class Step>
+NK_INLINE void for_lines_of_strip(int64_t lines, Step step) {
+  if (lines == kStep) {
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < kStep; ++line) step(line);
+  } else {
+    for (int64_t line = 0; line < lines; ++line) step(line);
+  }
 }
 
 // The strip below that at p, column j, from memory: the hardware loses track of many lines side by side.
@@ -196,23 +210,18 @@ void moments_columns(const void* data, const Columns& c, bool centered, bool pic
     store_some(s.squares + j, load_some<double>(s.squares + j, n) + convert<double>(squares), n);
   };
   constexpr int kStep = 8;
-  for_strips<kStep>(c, [&](int64_t j, int64_t n, int64_t left, int64_t e, int64_t lines) NK_INLINED {
+  const auto strip = [&](int64_t j, int64_t n, int64_t left, int64_t e, int64_t lines) NK_INLINED {
     fetch_strip<kStep>(x + e, j, c);
     const Pack<S> shift = load_some<S>(s.shift + j, n);
     Pack<S> sum = fill(S(0)), squares = sum;
-    const auto step = [&](int64_t line) NK_INLINED {
+    for_lines_of_strip<kStep>(lines, [&](int64_t line) NK_INLINED {
       const Pack<S> d = load_some<S>(x + e + line * c.stride, n) - shift;
       sum = sum + d;
       squares = fma(d, d, squares);
-    };
-    if (lines == kStep) {
-#pragma GCC unroll 8
-      for (int64_t line = 0; line < kStep; ++line) step(line);
-    } else {
-      for (int64_t line = 0; line < lines; ++line) step(line);
-    }
+    });
     add(j, n, left == kLanes ? sum : last_lanes(sum, left), left == kLanes ? squares : last_lanes(squares, left));
-  });
+  };
+  for_strips<kStep, false>(c, strip, 0);
 }
 
 }  // namespace
