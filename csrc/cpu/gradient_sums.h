@@ -56,8 +56,10 @@ NK_INLINE TwoSums sum_piece(const Elements<A>& a, Center<A> center, int64_t e, i
       return keep<kTail>(a, place + start + i, m, dz);
     };
     const auto step = [&](int64_t i, Pack<A>* to) NK_INLINED {
-      fetch(from + i, 0, Streamed());
-      fetch(dfrom + i, 0, Streamed());
+      if constexpr (kDx != Dx::none) {
+        fetch_run(from + i, 0, Streamed());
+        fetch_run(dfrom + i, 0, Streamed());
+      }
       const Pack<A> xs = load<A>(from + i);
       use(xs, dz_at(i, kLanes, xs, Streamed()), to);
     };
@@ -65,8 +67,10 @@ NK_INLINE TwoSums sum_piece(const Elements<A>& a, Center<A> center, int64_t e, i
         n - start < kBlock<A> ? n - start : kBlock<A>, sums,
         [&](int64_t i, Pack<A>* to, Pack<A>* other) NK_INLINED {
           if constexpr (kTail == Tail::none && (kDx == Dx::none || kPaired<T>)) {
-            fetch(from + i, 0, Streamed());
-            fetch(dfrom + i, 0, Streamed());
+            if constexpr (kDx != Dx::none) {
+              fetch_run(from + i, 0, Streamed());
+              fetch_run(dfrom + i, 0, Streamed());
+            }
             const Pair<A> xs = load_pair<A>(from + i), dz = load_pair<A>(dfrom + i);
             if constexpr (kDx != Dx::none) put_pair(dx + start + i, {dz.a * scale, dz.b * scale}, Streamed());
             use(xs.a, dz.a, to);

@@ -64,11 +64,11 @@ __attribute__((noinline)) void map_pieces(const Elements<A>& elements, Center<A>
     for_packs<kPaired<T> && kTail != Tail::any>(
         y, p.n, a.stream,
         [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-          fetch(x + i, a.ahead, stream);
+          fetch_run(x + i, a.ahead, stream);
           put(y + i, finish<kTail, T>(a, e + i, m, z(load_some<A>(x + i, m))), m, stream);
         },
         [&](int64_t i, auto stream) NK_INLINED {
-          fetch(x + i, a.ahead, stream);
+          fetch_run(x + i, a.ahead, stream);
           const Pair<A> xs = load_pair<A>(x + i);
           put_pair(y + i, finish_pair<kTail, T, A>(a, e + i, {z(xs.a), z(xs.b)}), stream);
         });
@@ -103,7 +103,7 @@ __attribute__((noinline)) void map_paired_rows(const Elements<A>& elements, cons
       const auto z = [&](int64_t j, Pack<A> v)
                          NK_INLINED { return fma(xhat(v), load<A>(p.at[0] + j), load<A>(p.at[1] + j)); };
       for_pairs(y, n, a.stream, [&](int64_t j, auto streamed) NK_INLINED {
-        fetch(x + j, a.ahead, streamed);
+        fetch_run(x + j, a.ahead, streamed);
         const Pair<A> xs = load_pair<A>(x + j);
         put_pair(y + j, finish_pair<kTail, T, A>(a, e + j, {z(j, xs.a), z(j + kLanes, xs.b)}), streamed);
       });
@@ -133,8 +133,8 @@ __attribute__((noinline)) void map_two_rows(const Elements<A>& elements, const R
     T* y = static_cast<T*>(a.y) + e;
     const auto one = Normalize<A>::of(center, run), two = Normalize<A>::of(center, other);
     for_packs(y, r.length, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-      fetch(x + i, a.ahead, stream);
-      fetch(x + i + step, a.ahead, stream);
+      fetch_run(x + i, a.ahead, stream);
+      fetch_run(x + i + step, a.ahead, stream);
       const Pack<A> w = load_some<A>(weight + i, m), b = load_some<A>(bias + i, m);
       const Pack<A> z = fma(one(load_some<A>(x + i, m)), w, b), other_z = fma(two(load_some<A>(x + i + step, m)), w, b);
       put(y + i, finish<kTail, T>(a, e + i, m, z), m, stream);
@@ -162,7 +162,7 @@ void map_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup, 
       const auto xhat = Normalize<A>::of(center, p.run);
       const A *weight = a.weight + p.entry, *bias = a.bias + p.entry;
       for_packs(y, p.n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-        fetch(x + i, a.ahead, stream);
+        fetch_run(x + i, a.ahead, stream);
         const Pack<A> z = fma(xhat(load_some<A>(x + i, m)), load_some<A>(weight + i, m), load_some<A>(bias + i, m));
         put(y + i, finish<kTail, T>(a, p.e + i, m, z), m, stream);
       });
@@ -268,16 +268,16 @@ __attribute__((noinline)) void slope_pieces(const Elements<A>& elements, Center<
     for_packs<kPaired<T> && kTail == Tail::none>(
         through.to(e), p.n, a.stream,
         [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-          fetch(x + i, a.ahead, stream);
-          fetch(dy + i, a.ahead, stream);
+          fetch_run(x + i, a.ahead, stream);
+          fetch_run(dy + i, a.ahead, stream);
           const Pack<A> d = load_some<A>(x + i, m) - through.mean;
           const Pack<A> dz = dz_again<kTail, T>(a, e + i, p.place + piece * p.n + i, m,
                                                 [&]() NK_INLINED { return fma(d, scale, shift); });
           through.write(e + i, m, d, dz, scale, stream);
         },
         [&](int64_t i, auto stream) NK_INLINED {
-          fetch(x + i, a.ahead, stream);
-          fetch(dy + i, a.ahead, stream);
+          fetch_run(x + i, a.ahead, stream);
+          fetch_run(dy + i, a.ahead, stream);
           const Pair<A> xs = load_pair<A>(x + i), dz = load_pair<A>(dy + i);
           put_pair(static_cast<T*>(a.dx) + e + i,
                    {through.of(xs.a - through.mean, dz.a, scale), through.of(xs.b - through.mean, dz.b, scale)},
@@ -304,8 +304,8 @@ __attribute__((noinline)) void slope_paired_rows(const Elements<A>& elements, co
         return through.of(v - through.mean, dz, load<A>(weight.at[0] + j) * through.rstd);
       };
       for_pairs(dx, n, a.stream, [&](int64_t j, auto streamed) NK_INLINED {
-        fetch(x + j, a.ahead, streamed);
-        fetch(dy + j, a.ahead, streamed);
+        fetch_run(x + j, a.ahead, streamed);
+        fetch_run(dy + j, a.ahead, streamed);
         const Pair<A> xs = load_pair<A>(x + j), dz = load_pair<A>(dy + j);
         put_pair(dx + j, {of(j, xs.a, dz.a), of(j + kLanes, xs.b, dz.b)}, streamed);
       });
@@ -328,8 +328,8 @@ void slope_runs(const Elements<A>& elements, const Runs& r, const Lookup& lookup
       const auto xhat = Normalize<A>::of(center, p.run);
       const A *weight = a.weight + p.entry, *bias = a.bias + p.entry;
       for_packs(through.to(p.e), p.n, a.stream, [&](int64_t i, int64_t m, auto stream) NK_INLINED {
-        fetch(x + i, a.ahead, stream);
-        fetch(dy + i, a.ahead, stream);
+        fetch_run(x + i, a.ahead, stream);
+        fetch_run(dy + i, a.ahead, stream);
         const Pack<A> xs = load_some<A>(x + i, m), w = load_some<A>(weight + i, m);
         const Pack<A> dz = dz_again<kTail, T>(a, p.e + i, p.place + i, m,
                                               [&]() NK_INLINED { return fma(xhat(xs), w, load_some<A>(bias + i, m)); });

@@ -77,6 +77,7 @@ NK_INLINE void put_pair(bf16* p, Pair<float> v, Stream) {
 }
 
 constexpr int64_t kAheadBytes = 2048;  // the hardware's own fetching ends with a page
+constexpr int64_t kNearBytes = 1024;
 
 // What streams has left the caches: the next tile comes into the L2 cache while this one goes, or without tiles into the
 // L1 cache what lies a little ahead.
@@ -88,6 +89,15 @@ NK_INLINE void fetch(const T* p, int64_t ahead, Stream) {
     else
       __builtin_prefetch(p + kAheadBytes / int64_t(sizeof(T)));
   }
+}
+
+// The same of runs, where also what lies in a farther cache is worth it.
+template <class Stream, class T>
+NK_INLINE void fetch_run(const T* p, int64_t ahead, Stream stream) {
+  if constexpr (Stream::value)
+    fetch(p, ahead, stream);
+  else
+    __builtin_prefetch(p + kNearBytes / int64_t(sizeof(T)));
 }
 
 }  // namespace
