@@ -32,6 +32,7 @@ _watchers: tuple[Any, ...] = (
 
 
 def _allowed(x: Tensor) -> bool:
+    # C++ asks only where a level is open or something is forced, or the first backend is another than it was.
     if forward_ad._current_level >= 0:
         return False
     if backends._forced_anywhere or backends._environment is not None:
@@ -76,6 +77,7 @@ def _host() -> Any:
         return None
     if not hasattr(host, "lend"):  # of an older build
         return None
+    native = next(iter(backends.BACKENDS.values()))
     sees = host.set_up(
         Tensor,
         torch.nn.Parameter,
@@ -84,6 +86,9 @@ def _host() -> Any:
         torch.is_grad_enabled,
         _watchers,
         _allowed,
+        vars(forward_ad),
+        vars(backends),
+        native if isinstance(native, Native) and native.cpu_why_not is None else None,
         autograd.same_buffer,
         *thread_pool(),
     )

@@ -56,10 +56,12 @@ void forget_all() {
 // ---- the module's functions ----
 
 PyObject* set_up(PyObject*, PyObject* args) {
-  PyObject *tensor, *parameter, *empty_like, *is_neg, *is_grad_enabled, *watchers, *allowed, *same_buffer;
+  PyObject *tensor, *parameter, *empty_like, *is_neg, *is_grad_enabled, *watchers, *allowed, *forward_ad, *backends;
+  PyObject *native, *same_buffer;
   unsigned long long thread_count, run_on_threads;
-  if (!PyArg_ParseTuple(args, "OOOOOO!OOKK", &tensor, &parameter, &empty_like, &is_neg, &is_grad_enabled, &PyTuple_Type,
-                        &watchers, &allowed, &same_buffer, &thread_count, &run_on_threads))
+  if (!PyArg_ParseTuple(args, "OOOOOO!OO!O!OOKK", &tensor, &parameter, &empty_like, &is_neg, &is_grad_enabled,
+                        &PyTuple_Type, &watchers, &allowed, &PyDict_Type, &forward_ad, &PyDict_Type, &backends, &native,
+                        &same_buffer, &thread_count, &run_on_threads))
     return nullptr;
   if (!PyType_Check(tensor) || !PyType_Check(parameter)) {
     PyErr_SetString(PyExc_TypeError, "set_up: the first two arguments must be types");
@@ -71,7 +73,8 @@ PyObject* set_up(PyObject*, PyObject* args) {
   Py_XDECREF(capsule);  // the table itself lives as long as the process
   PyErr_Clear();
   if (!exchange || exchange->major != kDlMajor || !exchange->view_object) Py_RETURN_FALSE;
-  for (PyObject* object : {tensor, parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, same_buffer})
+  for (PyObject* object : {tensor, parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, forward_ad,
+                           backends, native, same_buffer})
     Py_INCREF(object);
   torch_side = {tensor,
                 parameter,
@@ -80,6 +83,9 @@ PyObject* set_up(PyObject*, PyObject* args) {
                 is_grad_enabled,
                 watchers,
                 allowed,
+                forward_ad,
+                backends,
+                native,
                 same_buffer,
                 exchange,
                 reinterpret_cast<int64_t (*)()>(thread_count),
@@ -188,8 +194,8 @@ PyObject* count_known(PyObject*, PyObject*) { return PyLong_FromSize_t(table().s
 
 PyMethodDef functions[] = {
     {"set_up", set_up, METH_VARARGS,
-     "set_up(Tensor, Parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, same_buffer, thread_count, "
-     "run_on_threads): what calls are recognized and run by; False if that cannot be."},
+     "set_up(Tensor, Parameter, empty_like, is_neg, is_grad_enabled, watchers, allowed, forward_ad, backends, native, "
+     "same_buffer, thread_count, run_on_threads): what calls are recognized and run by; False if that cannot be."},
     {"run", fast<run>(), METH_FASTCALL,
      "run((name, x, weight, bias, residual, mean, var, *options), momentum) -> y or None"},
     {"lend", lend, METH_O, "lend(capsule or None): what _node answers instead of Python's functions."},

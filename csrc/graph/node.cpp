@@ -4,7 +4,6 @@
 // Autograd's nodes are not in torch's stable ABI, so this module loads under the very torch that it was built against;
 // without it calls that need a graph are not recognized. Nothing is computed here: _host lends the kernels.
 #include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
@@ -219,9 +218,11 @@ PyObject* differentiable(PyObject* known, PyObject* const* tensors, PyObject* mo
   END_HANDLE_TH_ERRORS
 }
 
+// Of a dense tensor on the CPU. Nothing watches this call, so the dispatcher would only take time.
 PyObject* empty_like(PyObject* tensor) {
   HANDLE_TH_ERRORS
-  return THPVariable_Wrap(at::empty_like(tensor_of(tensor)));
+  const at::Tensor& like = tensor_of(tensor);
+  return THPVariable_Wrap(at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.options()));
   END_HANDLE_TH_ERRORS
 }
 
