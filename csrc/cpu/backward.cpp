@@ -200,17 +200,8 @@ class Backward {
   }
 
   void read_moments(const Box& box, int64_t first, Centers<A>& centers) const {
-    const bool doubles = a_.var.dtype == DType::f64 && (!a_.mean.data || a_.mean.dtype == DType::f64);
-    if (!l_.columns && doubles) {
-      const int64_t at = box.b * l_.stats.keep + box.k0;
-      const auto* mean = p_.moments == Moments::second ? nullptr : static_cast<const double*>(a_.mean.data) + at;
-      const auto* var = static_cast<const double*>(a_.var.data) + at;
-      return kernels_.centers_of_moments(box.groups(), {mean, var}, p_.eps, centers.runs_at(first));
-    }
-    centers.set(l_, box, p_.eps, first, elements(box), [&](int64_t k) {
-      const int64_t group = box.b * l_.stats.keep + box.k0 + k;
-      return Spread{1, p_.moments == Moments::second ? 0 : element(a_.mean, group), element(a_.var, group)};
-    });
+    const Param mean = p_.moments == Moments::second ? Param() : a_.mean;
+    centers.read(kernels_, l_, box, p_.eps, first, elements(box), mean, a_.var);
   }
 
   // ---- shares of weight gradients ----

@@ -175,10 +175,7 @@ class Forward {
     Centers<A> centers(l_, l_.stats.batch * l_.entries_of_batch());
     for (int64_t b = 0; b < l_.stats.batch; ++b) {
       const Box box = l_.whole(b);
-      centers.set(l_, box, p_.eps, b * l_.entries_of_batch(), elements(box), [&](int64_t k) {
-        const int64_t group = b * l_.stats.keep + k;
-        return Spread{1, element(a_.mean, group), element(a_.var, group)};
-      });
+      centers.read(kernels_, l_, box, p_.eps, b * l_.entries_of_batch(), elements(box), a_.mean, a_.var);
     }
     map_all(Grid(l_, wanted, false), centers);
   }

@@ -270,6 +270,29 @@ inline double element(Param from, int64_t i) {
   return v;
 }
 
+// n elements from `first` on: the caller's own where they are doubles already. Of none, null.
+class AsDoubles {
+ public:
+  AsDoubles(Param from, int64_t first, int64_t n) {
+    if (!from.data) return;
+    if (from.dtype == DType::f64) {
+      data_ = static_cast<const double*>(from.data) + first;
+      return;
+    }
+    owned_ = buffer<double>(n);
+    data_ = owned_.get();
+    with_type(from.dtype, [&](auto type) {
+      const auto* values = static_cast<const decltype(type)*>(from.data) + first;
+      for (int64_t i = 0; i < n; ++i) owned_[i] = to_double(values[i]);
+    });
+  }
+  const double* data() const { return data_; }
+
+ private:
+  Buffer<double> owned_;
+  const double* data_ = nullptr;
+};
+
 template <class A>
 constexpr DType kDTypeOf = sizeof(A) == 8 ? DType::f64 : DType::f32;
 
@@ -348,7 +371,7 @@ class Centers {
   template <class MomentsOf>
   void set(const Layout& l, const Box& x, double eps, int64_t first, const Elements<A>& e, MomentsOf moments_of) {
     A *mean = vectors_.get() + first, *low = mean + n_, *rstd = low + n_;
-    const int64_t cols = columns_ ? l.stats.cols : 1, n = x.groups() * cols, all = l.entries_of(x);
+    const int64_t cols = columns_ ? l.stats.cols : 1;
     for (int64_t k = 0; k < x.groups(); ++k) {
       const Spread s = moments_of(k);
       const A m = canonical(A(s.mean)), rest = A(s.mean - double(m)), r = canonical(A(1 / std::sqrt(s.m2 + eps)));
@@ -358,7 +381,26 @@ class Centers {
         rstd[j] = r;
       }
     }
-    if (!columns_) return;
+    if (columns_) finish_columns(l, x, first, e);
+  }
+
+  // The same from moments as they are in memory; without means these are 0.
+  void read(const Kernels<A>& kernels, const Layout& l, const Box& x, double eps, int64_t first, const Elements<A>& e,
+            Param mean, Param var) {
+    const int64_t n = x.groups(), group = x.b * l.stats.keep + x.k0;
+    const AsDoubles means(mean, group, n), vars(var, group, n);
+    if (columns_ && l.stats.cols > 1)
+      return set(l, x, eps, first, e,
+                 [&](int64_t k) { return Spread{1, means.data() ? means.data()[k] : 0, vars.data()[k]}; });
+    kernels.centers_of_moments(n, {means.data(), vars.data()}, eps, runs_at(first));
+    if (columns_) finish_columns(l, x, first, e);
+  }
+
+ private:
+  // The columns after those of the first groups, and the affine step.
+  void finish_columns(const Layout& l, const Box& x, int64_t first, const Elements<A>& e) {
+    A *mean = vectors_.get() + first, *low = mean + n_, *rstd = low + n_;
+    const int64_t n = x.groups() * l.stats.cols, all = l.entries_of(x);
     for (int64_t j = n; j < all; ++j) {
       mean[j] = mean[j - n];
       low[j] = low[j - n];
@@ -371,7 +413,6 @@ class Centers {
     }
   }
 
- private:
   bool columns_;
   int64_t n_;
   Buffer<A> vectors_;
