@@ -103,7 +103,7 @@ __attribute__((noinline)) void map_paired_rows(const Elements<A>& elements, cons
       const auto z = [&](int64_t j, Pack<A> v)
                          NK_INLINED { return fma(xhat(v), load<A>(p.at[0] + j), load<A>(p.at[1] + j)); };
       for_pairs(y, n, a.stream, [&](int64_t j, auto streamed) NK_INLINED {
-        fetch_run(x + j, a.ahead, streamed);
+        fetch(x + j, a.ahead, streamed);
         const Pair<A> xs = load_pair<A>(x + j);
         put_pair(y + j, finish_pair<kTail, T, A>(a, e + j, {z(j, xs.a), z(j + kLanes, xs.b)}), streamed);
       });
@@ -304,8 +304,8 @@ __attribute__((noinline)) void slope_paired_rows(const Elements<A>& elements, co
         return through.of(v - through.mean, dz, load<A>(weight.at[0] + j) * through.rstd);
       };
       for_pairs(dx, n, a.stream, [&](int64_t j, auto streamed) NK_INLINED {
-        fetch_run(x + j, a.ahead, streamed);
-        fetch_run(dy + j, a.ahead, streamed);
+        fetch(x + j, a.ahead, streamed);
+        fetch(dy + j, a.ahead, streamed);
         const Pair<A> xs = load_pair<A>(x + j), dz = load_pair<A>(dy + j);
         put_pair(dx + j, {of(j, xs.a, dz.a), of(j + kLanes, xs.b, dz.b)}, streamed);
       });

@@ -59,12 +59,18 @@ NK_INLINE void for_pairs(const T* to, int64_t n, bool stream, PairStep pair) {
   for_packs<true>(to, n, stream && aligned, [](int64_t, int64_t, auto) {}, pair);
 }
 
+constexpr int64_t kAheadBytes = 2048;  // the hardware's own fetching ends with a page
+constexpr int64_t kNearBytes = 1024;
+
 template <class Stream, class T, class A>
 NK_INLINE void put(T* p, Pack<A> v, int64_t n, Stream) {
-  if constexpr (Stream::value)
+  if constexpr (Stream::value) {
     stream(p, v);
-  else
+  } else {
+    // A register of float32 is a line of memory, which has to be there before it is written.
+    if constexpr (sizeof(T) >= 4) __builtin_prefetch(p + kNearBytes / int64_t(sizeof(T)), 1);
     store_some(p, v, n);
+  }
 }
 
 template <class Stream>
@@ -75,9 +81,6 @@ NK_INLINE void put_pair(bf16* p, Pair<float> v, Stream) {
   else
     __builtin_memcpy(p, &bits, sizeof(bits));
 }
-
-constexpr int64_t kAheadBytes = 2048;  // the hardware's own fetching ends with a page
-constexpr int64_t kNearBytes = 1024;
 
 // What streams has left the caches: the next tile comes into the L2 cache while this one goes, or without tiles into the
 // L1 cache what lies a little ahead.
@@ -91,7 +94,8 @@ NK_INLINE void fetch(const T* p, int64_t ahead, Stream) {
   }
 }
 
-// The same of runs, where also what lies in a farther cache is worth it.
+// The same of runs, where also what lies in a farther cache is worth it. Not of parts of rows: what is ahead of one is
+// not what comes next.
 template <class Stream, class T>
 NK_INLINE void fetch_run(const T* p, int64_t ahead, Stream stream) {
   if constexpr (Stream::value)
