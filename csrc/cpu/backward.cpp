@@ -23,7 +23,7 @@ class Backward {
         threads_(threads),
         weight_(l, a.weight, A(1)),
         bias_(l, a.bias, A(0)),
-        elements_{a.x,         a.dy,           a.residual,
+        elements_{a.x,         a.dy,           p.act == Act::none ? nullptr : a.residual,
                   a.dtotal,    nullptr,        a.dx,
                   a.dresidual, weight_.data(), bias_.data(),
                   p.act,       l.by_line,      l.stats.numel() * size_of(p.dtype) >= kStreamBytes,
@@ -375,7 +375,6 @@ class Backward {
     e.kept = kept;
     if (zeros_) {
       e.x = a_.dy;
-      e.residual = nullptr;
       e.y = a_.dx;
       e.bias = zeros_.get();
       const Center<A> scaled = {zeros_.get(), zeros_.get(), center.rstd, center.scale, zeros_.get()};

@@ -40,6 +40,9 @@ void run(const Problem& p, int64_t shift, bool with_residual) {
   }
   const std::vector<float> weight(size_t(channels), 1.5f), bias(size_t(channels), -0.25f);
   Buffer<T> y[2] = {{n, shift}, {n, shift}}, dx[2] = {{n, shift}, {n, shift}}, dz[2] = {{n, shift}, {n, shift}};
+  Buffer<double> dweight[2] = {{channels, 0}, {channels, 0}}, dbias[2] = {{channels, 0}, {channels, 0}};
+  // Without dresidual, which there is only with a residual, one sweep may make dx and the sums.
+  const bool with_dz = p.act != Act::none && with_residual;
   for (int streamed : {0, 1}) {
     std::vector<double> mean(size_t(groups), 0.5), var(size_t(groups), 2.0);
     ForwardArgs f;
@@ -55,7 +58,9 @@ void run(const Problem& p, int64_t shift, bool with_residual) {
     b.bias = f.bias;
     b.residual = f.residual;
     b.dx = dx[streamed].data();
-    if (p.act != Act::none) b.dresidual = dz[streamed].data();
+    if (with_dz) b.dresidual = dz[streamed].data();
+    b.dweight = {dweight[streamed].data(), DType::f64};
+    b.dbias = {dbias[streamed].data(), DType::f64};
     b.mean = {mean.data(), DType::f64};
     b.var = {var.data(), DType::f64};
     if (p.moments == Moments::given) {
@@ -70,7 +75,9 @@ void run(const Problem& p, int64_t shift, bool with_residual) {
   }
   same(y[0], y[1], n, "y", p);
   same(dx[0], dx[1], n, "dx", p);
-  if (p.act != Act::none) same(dz[0], dz[1], n, "dresidual", p);
+  if (with_dz) same(dz[0], dz[1], n, "dresidual", p);
+  same(dweight[0], dweight[1], channels, "dweight", p);
+  same(dbias[0], dbias[1], channels, "dbias", p);
 }
 
 }  // namespace
@@ -87,7 +94,8 @@ int main() {
           for (Moments moments : {Moments::mean_var, Moments::given})
             for (Act act : {Act::none, Act::relu, Act::silu})
               for (int64_t shift : {0, 1, 8, 20})
-                test::run<decltype(type)>({stats, affine, moments, act, dtype, 1e-5}, shift, act == Act::relu);
+                for (bool residual : {false, true})
+                  test::run<decltype(type)>({stats, affine, moments, act, dtype, 1e-5}, shift, residual);
       }
     });
   }
