@@ -493,6 +493,8 @@ NK_INLINE PairBits rounded(Pair<float> v) {
 // Stores past the caches; p is a multiple of what one store writes.
 template <class T>
 constexpr int64_t kStreamed = kLanes * sizeof(T) < kRegister ? kLanes * sizeof(T) : kRegister;
+template <class T>
+constexpr int64_t kStreamedPair = kStreamed<T> < 16 ? 16 : kStreamed<T>;  // see stream_bits
 
 template <class T, class A>
 NK_INLINE void stream(T* p, Pack<A> v) {

@@ -33,12 +33,14 @@ NK_INLINE void for_packs(const T* to, int64_t n, bool stream, Step step, PairSte
       for (; i + 2 * kLanes <= n; i += 2 * kLanes) pair(i, stream);
     for (; i + kLanes <= n; i += kLanes) step(i, int64_t(kLanes), stream);
   };
-  const int64_t past = reinterpret_cast<uintptr_t>(to) % kStreamed<T>;
+  constexpr int64_t kAligned = kPairs ? kStreamedPair<T> : kStreamed<T>;
+  const int64_t past = reinterpret_cast<uintptr_t>(to) % kAligned;
   // Lines of memory that are written in part go out in part; so no short ranges, unless they are whole.
   if (stream && (n >= 32 * kLanes || (past == 0 && n % kLanes == 0))) {
     if (past) {
       step(0, int64_t(kLanes), No());
-      i = (kStreamed<T> - past) / sizeof(T);
+      i = (kAligned - past) / sizeof(T);
+      if (i > kLanes) step(i - kLanes, int64_t(kLanes), No());
     }
     whole(Yes());
   } else {
@@ -55,7 +57,7 @@ NK_INLINE void for_packs(const T* to, int64_t n, bool stream, Step step) {
 // As for_packs of pairs alone: n is a multiple of two packs.
 template <class T, class PairStep>
 NK_INLINE void for_pairs(const T* to, int64_t n, bool stream, PairStep pair) {
-  const bool aligned = reinterpret_cast<uintptr_t>(to) % kStreamed<T> == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(to) % kStreamedPair<T> == 0;
   for_packs<true>(to, n, stream && aligned, [](int64_t, int64_t, auto) {}, pair);
 }
 
