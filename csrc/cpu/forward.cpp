@@ -27,7 +27,7 @@ class BoxMoments {
           found(buffer<Spread>(entries)),
           moments{wide.get() + 2 * entries, wide.get() + 3 * entries} {}
     ShiftedSums<A> sums(int64_t n) const { return {quick.get(), quick.get() + n, wide.get(), wide.get() + n}; }
-    static int64_t lanes(const Layout& l) { return l.columns || l.stats.rows == 1 ? 0 : 2 * kMaxLanes; }
+    static int64_t lanes(const Layout& l) { return l.columns || l.stats.rows == 1 ? 0 : 3 * kMaxLanes; }
   };
 
   BoxMoments(const Kernels<A>& kernels, const Layout& l, const void* x, DType dtype, bool centered)

@@ -29,7 +29,7 @@ struct Lookup {
 };
 
 // Sums of x - shift and of its square, in packs of S that are emptied into float64. `lanes` is scratch for runs of
-// several lines: 2 * kMaxLanes for every entry.
+// several lines: 3 * kMaxLanes for every entry.
 template <class S>
 struct ShiftedSums {
   S *shift, *lanes;

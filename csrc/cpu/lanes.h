@@ -569,8 +569,8 @@ NK_INLINE Pack<To> convert(Pack<From> v) {
 }
 
 // The sums of all lanes of two packs, in float64 and as trees.
-template <class A>
-NK_INLINE Vector<double, 2> totals(Pack<A> a, Pack<A> b) {
+template <class A, class B>
+NK_INLINE Vector<double, 2> totals(Pack<A> a, Pack<B> b) {
   const Doubles x = convert<double>(a), y = convert<double>(b);
   auto v = x.part[0] + x.part[1], w = y.part[0] + y.part[1];
 #if defined(__AVX512F__)

@@ -15,6 +15,15 @@ namespace {
 
 constexpr int kTerms = 16;
 
+template <bool kFirst, class First, class Second>
+struct Either {
+  typedef First type;
+};
+template <class First, class Second>
+struct Either<false, First, Second> {
+  typedef Second type;
+};
+
 // Chains of additions that hide their latency, within 16 registers.
 template <class S>
 constexpr int kChains = sizeof(S) == 4 ? 4 : 2;
@@ -50,23 +59,57 @@ NK_INLINE Pack<A> load_last(const T* p, int64_t n, int64_t left) {
   return load<A>(static_cast<const T*>(buffer));
 }
 
+// What values are summed in: float32 values in float64, since a result near 0 shows every error of the mean; halves are
+// rounded to less than that.
 template <class T, class S, bool kCentered>
-NK_INLINE void add_moments(const T* p, int64_t n, Pack<S> shift, Pack<S> (&sums)[2]) {
+using SumOf = typename Either<kCentered && sizeof(T) == 4, double, S>::type;
+
+// Adds the sum and the squares of n elements. What is centered later, by without_shift(), is not centered here.
+template <class T, class S, bool kCentered>
+NK_INLINE void add_moments(const T* p, int64_t n, Pack<S> shift, Pack<SumOf<T, S, kCentered>>& sum, Pack<S>& squares) {
+  using Q = SumOf<T, S, kCentered>;
+  constexpr bool kWide = sizeof(Q) > sizeof(S);
+  Pack<Q> wide[2] = {fill(Q(0)), fill(Q(0))};
   const auto use = [&](Pack<S> d, Pack<S>* to) NK_INLINED {
-    if (kCentered) to[0] = to[0] + d;
-    to[1] = fma(d, d, to[1]);
+    if constexpr (kCentered && !kWide) to[0] = to[0] + d;
+    constexpr int kSquares = kWide ? 0 : 1;
+    to[kSquares] = fma(d, d, to[kSquares]);
   };
   const auto centered = [&](Pack<S> v) NK_INLINED { return kCentered ? v - shift : v; };
-  add_block<S, 2>(
+  constexpr int kSums = kWide ? 1 : 2;
+  Pack<S> sums[kSums] = {};
+  add_block<S, kSums>(
       n, sums,
       [&](int64_t i, Pack<S>* to, Pack<S>* other) NK_INLINED {
+        if constexpr (kWide) {
+          wide[0] = wide[0] + load<Q>(p + i);
+          wide[1] = wide[1] + load<Q>(p + i + kLanes);
+        }
         const Pair<S> v = load_pair<S>(p + i);
         use(centered(v.a), to);
         use(centered(v.b), other);
       },
-      [&](int64_t i, Pack<S>* to) NK_INLINED { use(centered(load<S>(p + i)), to); },
-      [&](int64_t all, int64_t left, Pack<S>* to)
-          NK_INLINED { use(last_lanes(centered(load_last<S>(p, all, left)), left), to); });
+      [&](int64_t i, Pack<S>* to) NK_INLINED {
+        if constexpr (kWide) wide[0] = wide[0] + load<Q>(p + i);
+        use(centered(load<S>(p + i)), to);
+      },
+      [&](int64_t all, int64_t left, Pack<S>* to) NK_INLINED {
+        if constexpr (kWide) wide[1] = wide[1] + last_lanes(load_last<Q>(p, all, left), left);
+        use(last_lanes(centered(load_last<S>(p, all, left)), left), to);
+      });
+  if constexpr (kWide) {
+    sum = sum + (wide[0] + wide[1]);
+    squares = squares + sums[0];
+  } else {
+    sum = sum + sums[0];
+    squares = squares + sums[1];
+  }
+}
+
+// A sum of n values relative to the shift, from what add_moments left.
+template <class T, class S, bool kCentered>
+NK_INLINE double without_shift(double sum, int64_t n, S shift) {
+  return sizeof(SumOf<T, S, kCentered>) > sizeof(S) ? sum - double(n) * double(shift) : sum;
 }
 
 // An average of a few values all over the run: exact where they are equal.
@@ -93,29 +136,37 @@ void moments_of_runs(const T* x, const Runs& r, bool pick, ShiftedSums<S> s) {
       for (int64_t run = 0; run < r.count; ++run) {
         const T* p = x + r.first + (line + l) * r.stride + run * r.pitch;
         const Pack<S> shift = fill(s.shift[run]);
-        S* lanes = s.lanes + run * (2 * kMaxLanes);
-        Pack<S> sums[2] = {fill(S(0)), fill(S(0))};
-        if (l > 0) sums[0] = load<S>(lanes), sums[1] = load<S>(lanes + kLanes);
+        using Q = SumOf<T, S, kCentered>;
+        S* lanes = s.lanes + run * (3 * kMaxLanes);
+        char* const wide_lanes = reinterpret_cast<char*>(lanes + kMaxLanes);
+        Pack<Q> sum = fill(Q(0));
+        Pack<S> squares = fill(S(0));
+        if (l > 0) {
+          squares = load<S>(lanes);
+          __builtin_memcpy(&sum, wide_lanes, sizeof(sum));
+        }
         if (r.length <= kBlock<S>) {
-          add_moments<T, S, kCentered>(p, r.length, shift, sums);
+          add_moments<T, S, kCentered>(p, r.length, shift, sum, squares);
           if (l + 1 < lines) {
-            store(lanes, sums[0]);
-            store(lanes + kLanes, sums[1]);
+            store(lanes, squares);
+            __builtin_memcpy(wide_lanes, &sum, sizeof(sum));
             continue;
           }
-          const auto all = totals(sums[0], sums[1]);
-          s.sum[run] += all[0];
+          const auto all = totals(sum, squares);
+          s.sum[run] += without_shift<T, S, kCentered>(all[0], lines * r.length, s.shift[run]);
           s.squares[run] += all[1];
         } else {
-          Doubles sum = fill(0.0), squares = sum;
+          Doubles all = fill(0.0), all_squares = all;
           for (int64_t i = 0; i < r.length; i += kBlock<S>) {
-            sums[0] = sums[1] = fill(S(0));
-            add_moments<T, S, kCentered>(p + i, r.length - i < kBlock<S> ? r.length - i : kBlock<S>, shift, sums);
-            sum = sum + convert<double>(sums[0]);
-            squares = squares + convert<double>(sums[1]);
+            sum = fill(Q(0));
+            squares = fill(S(0));
+            add_moments<T, S, kCentered>(p + i, r.length - i < kBlock<S> ? r.length - i : kBlock<S>, shift, sum,
+                                         squares);
+            all = all + convert<double>(sum);
+            all_squares = all_squares + convert<double>(squares);
           }
-          s.sum[run] += total(sum);
-          s.squares[run] += total(squares);
+          s.sum[run] += without_shift<T, S, kCentered>(total(all), r.length, s.shift[run]);
+          s.squares[run] += total(all_squares);
         }
       }
     }
@@ -196,32 +247,47 @@ NK_INLINE void pick_shifts(const T* x, const Columns& c, int64_t cols, int64_t p
   for (int64_t j = all; j < c.width; ++j) shift[j] = shift[j - all];
 }
 
-template <class T, class S>
-void moments_columns(const void* data, const Columns& c, bool centered, bool pick, int64_t cols, int64_t period,
-                     ShiftedSums<S> s) {
-  const T* x = static_cast<const T*>(data);
+template <class T, class S, bool kCentered>
+void moments_of_columns(const T* x, const Columns& c, bool pick, int64_t cols, int64_t period, ShiftedSums<S> s) {
+  using Q = SumOf<T, S, kCentered>;
+  constexpr bool kWide = sizeof(Q) > sizeof(S);
   for (int64_t j = 0; j < c.width; ++j) s.sum[j] = s.squares[j] = 0;
   if (pick) {
     for (int64_t j = 0; j < c.width; ++j) s.shift[j] = 0;
-    if (centered) pick_shifts<T>(x, c, cols, period, s.shift);
+    if (kCentered) pick_shifts<T>(x, c, cols, period, s.shift);
   }
-  const auto add = [&](int64_t j, int64_t n, Pack<S> sum, Pack<S> squares) NK_INLINED {
-    store_some(s.sum + j, load_some<double>(s.sum + j, n) + convert<double>(sum), n);
-    store_some(s.squares + j, load_some<double>(s.squares + j, n) + convert<double>(squares), n);
+  const auto add = [&](double* to, int64_t j, int64_t n, auto sum) NK_INLINED {
+    store_some(to + j, load_some<double>(to + j, n) + convert<double>(sum), n);
   };
   constexpr int kStep = 8;
   const auto strip = [&](int64_t j, int64_t n, int64_t left, int64_t e, int64_t lines) NK_INLINED {
     fetch_strip<kStep>(x + e, j, c);
     const Pack<S> shift = load_some<S>(s.shift + j, n);
-    Pack<S> sum = fill(S(0)), squares = sum;
+    Pack<Q> sum = fill(Q(0));
+    Pack<S> squares = fill(S(0));
     for_lines_of_strip<kStep>(lines, [&](int64_t line) NK_INLINED {
-      const Pack<S> d = load_some<S>(x + e + line * c.stride, n) - shift;
-      sum = sum + d;
+      const Pack<S> v = load_some<S>(x + e + line * c.stride, n), d = v - shift;
+      if constexpr (kWide)
+        sum = sum + convert<Q>(v);
+      else
+        sum = sum + d;
       squares = fma(d, d, squares);
     });
-    add(j, n, left == kLanes ? sum : last_lanes(sum, left), left == kLanes ? squares : last_lanes(squares, left));
+    add(s.sum, j, n, left == kLanes ? sum : last_lanes(sum, left));
+    add(s.squares, j, n, left == kLanes ? squares : last_lanes(squares, left));
   };
   for_strips<kStep, false>(c, strip, 0);
+  if constexpr (kWide) {
+    for (int64_t j = 0; j < c.width; ++j)
+      s.sum[j] = without_shift<T, S, kCentered>(s.sum[j], c.lines + (j < c.tail), s.shift[j]);
+  }
+}
+
+template <class T, class S>
+void moments_columns(const void* data, const Columns& c, bool centered, bool pick, int64_t cols, int64_t period,
+                     ShiftedSums<S> s) {
+  const auto of = centered ? moments_of_columns<T, S, true> : moments_of_columns<T, S, false>;
+  of(static_cast<const T*>(data), c, pick, cols, period, s);
 }
 
 }  // namespace
