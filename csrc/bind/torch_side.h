@@ -12,8 +12,8 @@ namespace normkern::bind {
 struct TorchSide {
   PyObject *tensor = nullptr, *parameter = nullptr;  // types: these two exactly, no other subclass
   PyObject *empty_like = nullptr, *is_neg = nullptr, *is_grad_enabled = nullptr;
-  PyObject* watchers = nullptr;     // a tuple of functions, each of which says whether something looks at this call
-  PyObject* allowed = nullptr;      // whether this backend runs a call on that tensor
+  PyObject* watchers = nullptr;  // a tuple of functions, each of which says whether something looks at this call
+  PyObject* allowed = nullptr;   // whether this backend runs a call on that tensor
   // What that depends on, so that it is not asked where nothing is out of the ordinary: the variables of forward_ad and
   // of normkern.backends, and this backend, or None where it does not run at all.
   PyObject *forward_ad = nullptr, *backends = nullptr, *native = nullptr;

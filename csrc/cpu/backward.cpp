@@ -42,7 +42,7 @@ class Backward {
     elements_.in_sums = writes_in_sums();
     const Tiles tiles(l_, 2 * size_of(p_.dtype), wanted);
     // Given moments leave no second sweep to find a tile in the cache: memory is then shared out in its own order.
-    wants_sums_ && tiles.balanced(wanted) && !wide_shares() ? fused(wanted, tiles) : split(wanted);
+    wants_sums_&& tiles.balanced(wanted) && !wide_shares() ? fused(wanted, tiles) : split(wanted);
     if (wants_weights_) add_shares();
   }
 
@@ -176,7 +176,8 @@ class Backward {
   // With given moments one sweep is enough, if what goes past the caches is made of whole lines of memory. Strips of
   // columns that stay in them are slower that way but as pairs.
   bool writes_in_sums() const {
-    if (p_.moments != Moments::given || !wants_weights_ || !a_.dx || a_.dresidual || size_of(p_.dtype) == 8) return false;
+    if (p_.moments != Moments::given || !wants_weights_ || !a_.dx || a_.dresidual || size_of(p_.dtype) == 8)
+      return false;
     if (l_.by_line || l_.lookup.by_element || (p_.act != Act::none && p_.act != Act::relu)) return false;
     const auto whole = [](int64_t bytes) { return bytes % 64 == 0; };
     if (l_.columns && !elements_.stream && p_.dtype != DType::bf16) return false;

@@ -198,8 +198,7 @@ class Forward {
           reduce_.add(box, scratch, found);
           finish(box, found, task * entries, centers);
         }
-        if (a_.y)
-          from_end(l_, box, size_of(p_.dtype), [&](const Box& part) { map(part, centers.at(task * entries)); });
+        if (a_.y) from_end(l_, box, size_of(p_.dtype), [&](const Box& part) { map(part, centers.at(task * entries)); });
       }
     });
   }

@@ -336,9 +336,8 @@ __attribute__((noinline)) void sums_strips(const Elements<A>& elements, const Co
     if constexpr (kPairs) {
       fetch_strip<kStep>(x + e, j, c);
       fetch_strip<kStep>(dy + e, j, c);
-      const auto of = [&](const A* vector) NK_INLINED {
-        return in_pair_order(load<A>(vector + j), load<A>(vector + j + kLanes));
-      };
+      const auto of = [&](const A* vector)
+                          NK_INLINED { return in_pair_order(load<A>(vector + j), load<A>(vector + j + kLanes)); };
       const Pair<A> mean = of(center.mean), rstd = of(center.rstd), scale = of(center.scale);
       Pair<A> sum = {fill(A(0)), fill(A(0))}, sum_xhat = sum;
       for_lines_of_strip<kStep>(lines, [&](int64_t line) NK_INLINED {

@@ -84,8 +84,8 @@ NK_INLINE void put_pair(bf16* p, Pair<float> v, Stream) {
     __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// What streams has left the caches: the next tile comes into the L2 cache while this one goes, or without tiles into the
-// L1 cache what lies a little ahead.
+// What streams has left the caches: the next tile comes into the L2 cache while this one goes, or without tiles into
+// the L1 cache what lies a little ahead.
 template <class Stream, class T>
 NK_INLINE void fetch(const T* p, int64_t ahead, Stream) {
   if constexpr (Stream::value) {

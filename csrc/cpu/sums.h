@@ -256,9 +256,8 @@ void moments_of_columns(const T* x, const Columns& c, bool pick, int64_t cols, i
     for (int64_t j = 0; j < c.width; ++j) s.shift[j] = 0;
     if (kCentered) pick_shifts<T>(x, c, cols, period, s.shift);
   }
-  const auto add = [&](double* to, int64_t j, int64_t n, auto sum) NK_INLINED {
-    store_some(to + j, load_some<double>(to + j, n) + convert<double>(sum), n);
-  };
+  const auto add = [&](double* to, int64_t j, int64_t n, auto sum)
+                       NK_INLINED { store_some(to + j, load_some<double>(to + j, n) + convert<double>(sum), n); };
   constexpr int kStep = 8;
   const auto strip = [&](int64_t j, int64_t n, int64_t left, int64_t e, int64_t lines) NK_INLINED {
     fetch_strip<kStep>(x + e, j, c);

@@ -1,5 +1,5 @@
-// truth.h: vectors of any dtype, and a norm by its definition in long double, with the size of the terms that every result
-// is made of. Included by test_cpu.cpp alone.
+// truth.h: vectors of any dtype, and a norm by its definition in long double, with the size of the terms that every
+// result is made of. Included by test_cpu.cpp alone.
 #pragma once
 
 #include <cmath>
