@@ -1,5 +1,5 @@
 # What a file of bench_norms.py says in a few lines: normkern against torch, norm by norm, as a Markdown table.
-#   python bench/summary.py bench/results/cpu/grid_2_threads.csv
+#   python bench/summary.py bench/results/xeon/grid_2_threads.csv
 from __future__ import annotations
 
 import sys

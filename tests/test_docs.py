@@ -52,8 +52,8 @@ def test_readme_shows_the_numbers_of_the_results() -> None:
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = [line for line in text.splitlines() if re.match(r"\| (\w+_norm[\w+]*, \w+|all) \| \d+ \|", line)]
-    lines = summary(read([ROOT / "bench" / "results" / "cpu" / "grid_2_threads.csv"]))
-    # Where it differs: python bench/summary.py bench/results/cpu/grid_2_threads.csv, into the README.
+    lines = summary(read([ROOT / "bench" / "results" / "xeon" / "grid_2_threads.csv"]))
+    # Where it differs: python bench/summary.py bench/results/xeon/grid_2_threads.csv, into the README.
     assert shown == [f"| {' | '.join(line)} |" for line in lines]
 
 

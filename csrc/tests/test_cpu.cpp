@@ -338,6 +338,35 @@ void exact_properties() {
   }
 }
 
+// Halfway between two results of bfloat16 the even one is right: with mean 0 and variance 1 y is x + 2^-8, and x steps
+// by 2^-7.
+void ties() {
+  for (const Geometry& g : geometries(2, 64, 100, 8)) {
+    if (g.moments != Moments::given) continue;
+    Case c = make(g, DType::bf16, 3, Act::none);
+    c.p.eps = 0;
+    c.weight = Vector(DType::f32, g.affine.groups(), 1);
+    c.bias = Vector(DType::f32, g.affine.groups(), 0x1p-8);
+    c.mean = Vector(DType::f32, g.stats.groups(), 0);
+    c.var = Vector(DType::f32, g.stats.groups(), 1);
+    const int64_t numel = g.stats.numel();
+    for (int64_t e = 0; e < numel; ++e) c.x.set(e, (e % 2 ? -1 : 1) * (1 + double(e % 127) * 0x1p-7));
+    Vector y(DType::bf16, numel), one(DType::bf16, 1);
+    ForwardArgs f;
+    f.x = c.x.data();
+    f.weight = {c.weight.data(), DType::f32};
+    f.bias = {c.bias.data(), DType::f32};
+    f.mean = {c.mean.data(), DType::f32};
+    f.var = {c.var.data(), DType::f32};
+    f.y = y.data();
+    cpu::forward(c.p, f, kPools[0]);
+    for (int64_t e = 0; e < numel; ++e) {
+      one.set(0, c.x[e] + 0x1p-8);
+      if (!check(y[e] == one[0], "%s: y[%ld] is %g, not %g", c.name.c_str(), long(e), y[e], one[0])) break;
+    }
+  }
+}
+
 // The norm of a sum is that of what torch adds up, with the same bits; dtotal is added to dx before the one rounding.
 void sums() {
   for (const auto& [n, c, s, g] : {std::array<int64_t, 4>{1, 1, 1, 1}, {2, 12, 49, 3}, {1, 4100, 17, 41}})
@@ -452,6 +481,7 @@ int main() {
   normkern::test::short_tile_first();
   normkern::test::offsets();
   normkern::test::correctly_rounded();
+  normkern::test::ties();
   normkern::test::sums();
   normkern::test::table();
   return normkern::test::report("test_cpu");
