@@ -42,23 +42,28 @@ def on(inputs: Inputs, backend: Setup) -> Inputs:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_error_is_flat_in_the_offset(backend: Setup, norm: str, layout: str) -> None:
-    """At mean/std up to 1e4 no error is more than twice that at 0."""
+    """At mean/std up to 1e4 no error is more than twice that at 0, on the average of a few draws: gradients of weights
+    are six numbers here, and one draw may be luckier than another."""
     case = case_of(norm, layout)
-    noise = torch.randn(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seeds = range(1 if backend.simulated else 6)
     base: dict[str, float] = {}
     for offset in OFFSETS:
-        inputs = with_x(case, noise + offset)
-        want = expected(case, inputs)
-        got = run(case, on(inputs, backend))
-        for name in ("y", "dx", "dweight", "dbias"):
-            if name in want:
-                error = relative_error(got[name].cpu(), want[name].value)
-                # A gradient of six numbers, in the float32 sums of the GPU kernels, may be luckier at 0 than a
-                # rounding of each.
-                lucky = name in ("dweight", "dbias") and (backend.simulated or backend.device != "cpu")
-                limit = 2 * base.setdefault(name, error) + (2**-22 if lucky else 1e-8)
-                assert error <= limit, f"{name} at offset {offset}: {error:.2e}, at 0: {base[name]:.2e}"
-                assert base[name] <= 3e-7
+        errors: dict[str, list[float]] = {}
+        for seed in seeds:
+            noise = torch.randn(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            inputs = with_x(case, noise + offset)
+            want = expected(case, inputs)
+            got = run(case, on(inputs, backend))
+            for name in ("y", "dx", "dweight", "dbias"):
+                if name in want:
+                    errors.setdefault(name, []).append(relative_error(got[name].cpu(), want[name].value))
+        for name, found in errors.items():
+            error = sum(found) / len(found)
+            # The same in the float32 sums of the GPU kernels, of which there is a single draw.
+            lucky = name in ("dweight", "dbias") and (backend.simulated or backend.device != "cpu")
+            limit = 2 * base.setdefault(name, error) + (2**-22 if lucky else 1e-8)
+            assert error <= limit, f"{name} at offset {offset}: {error:.2e}, at 0: {base[name]:.2e}"
+            assert base[name] <= 3e-7
 
 
 def test_group_norm_channels_last_at_1000(backend: Setup) -> None:

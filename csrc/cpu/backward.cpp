@@ -42,7 +42,8 @@ class Backward {
     elements_.in_sums = writes_in_sums();
     const Tiles tiles(l_, 2 * size_of(p_.dtype), wanted);
     // Given moments leave no second sweep to find a tile in the cache: memory is then shared out in its own order.
-    wants_sums_&& tiles.balanced(wanted) && !wide_shares() ? fused(wanted, tiles) : split(wanted);
+    const bool tiled = wants_sums_ && tiles.balanced(wanted) && !wide_shares();
+    tiled ? fused(wanted, tiles) : split(wanted);
     if (wants_weights_) add_shares();
   }
 
@@ -64,7 +65,7 @@ class Backward {
     Centers<A> centers(l_, wanted * entries);
     shares_.resize(wanted);
     // dz of a tile, where it takes an exponential that need not be computed twice.
-    const bool costly = (p_.act == Act::silu || p_.act == Act::gelu) && wants_sums_;
+    const bool costly = p_.act == Act::silu || p_.act == Act::gelu;
     const int64_t elements = tiles.keeps * l_.stats.count();
     const bool keeps = costly && elements * int64_t(sizeof(A)) <= kKeptBytes;
     parallel(threads_, wanted, [&](int64_t task) {
@@ -77,10 +78,6 @@ class Backward {
         const Box box = tiles.box(i);
         read_moments(box, task * entries, centers);
         const Center<A> center = centers.at(task * entries);
-        if (!wants_sums_) {
-          sum_and_slope(box, center, w, shares_[task]);
-          continue;
-        }
         clear(box, w);
         add_sums(box, center, w, shares_[task], keeps ? kept.get() : nullptr);
         if (l_.columns) {

@@ -2,9 +2,9 @@
 //
 // What is summed is x - shift and its square, where shift is an average of a few of the values: with a large mean the
 // difference is exact, and squares stay small. A sum is at most kTerms additions in S (float32 but for float64 data),
-// four chains of them are added as a tree, and the rest is float64. The caller checks that shift was near enough to the
-// mean, and that nothing overflowed, and asks for the exact form (S = float64) where it was not.
-// Equal values leave both sums at exactly 0.
+// four chains of them are added as a tree, and the rest is float64; but float32 values themselves are summed in float64
+// from the first, see SumOf. The caller checks that shift was near enough to the mean, and that nothing overflowed, and
+// asks for the exact form (S = float64) where it was not. Equal values leave both sums at exactly 0.
 #pragma once
 
 #include "kernels.h"
