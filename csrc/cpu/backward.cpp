@@ -171,13 +171,15 @@ class Backward {
   };
 
   // With given moments one sweep is enough, if what goes past the caches is made of whole lines of memory. Strips of
-  // columns that stay in them are slower that way but as pairs.
+  // columns are written that way only where they are as wide as these, and what stays in the caches only as pairs.
   bool writes_in_sums() const {
     if (p_.moments != Moments::given || !wants_weights_ || !a_.dx || a_.dresidual || size_of(p_.dtype) == 8)
       return false;
     if (l_.by_line || l_.lookup.by_element || (p_.act != Act::none && p_.act != Act::relu)) return false;
-    const auto whole = [](int64_t bytes) { return bytes % 64 == 0; };
-    if (l_.columns && !elements_.stream && p_.dtype != DType::bf16) return false;
+    constexpr int64_t kLine = 64;
+    const auto whole = [](int64_t bytes) { return bytes % kLine == 0; };
+    const bool pairs = p_.dtype == DType::bf16 && p_.act == Act::none;
+    if (l_.columns && !(elements_.stream ? kernels_.pack_bytes * (pairs ? 2 : 1) >= kLine : pairs)) return false;
     const int64_t run = l_.columns ? l_.width : l_.stats.cols;
     return !elements_.stream || (whole(reinterpret_cast<intptr_t>(a_.dx)) && whole(run * size_of(p_.dtype)));
   }

@@ -89,6 +89,7 @@ struct RunCenters {
 // A is what elements are computed in. All sums end in float64.
 template <class A>
 struct Kernels {
+  int64_t pack_bytes;  // of the elements that these loops take at once
   // With `pick`, s.shift is found among the elements, else it is given. The exact forms sum in float64 throughout.
   void (*moments_runs)(const void* x, const Runs& r, bool centered, bool pick, ShiftedSums<A> s);
   void (*exact_moments_runs)(const void* x, const Runs& r, bool centered, bool pick, ShiftedSums<double> s);

@@ -405,11 +405,21 @@ void slope_columns(const Elements<A>& elements, const Columns& c, Center<A> cent
 }
 
 template <class T, class A>
-constexpr Kernels<A> kKernels = {
-    moments_runs<T, A>, moments_runs<T, double>, moments_columns<T, A>, moments_columns<T, double>,
-    centers_of_sums,    centers_of_moments,      slopes_of_sums,        add_runs<T, A>,
-    map_runs<T, A>,     map_columns<T, A>,       sums_runs<T, A>,       sums_columns<T, A>,
-    slope_runs<T, A>,   slope_columns<T, A>};
+constexpr Kernels<A> kKernels = {int64_t(kLanes * sizeof(T)),
+                                 moments_runs<T, A>,
+                                 moments_runs<T, double>,
+                                 moments_columns<T, A>,
+                                 moments_columns<T, double>,
+                                 centers_of_sums,
+                                 centers_of_moments,
+                                 slopes_of_sums,
+                                 add_runs<T, A>,
+                                 map_runs<T, A>,
+                                 map_columns<T, A>,
+                                 sums_runs<T, A>,
+                                 sums_columns<T, A>,
+                                 slope_runs<T, A>,
+                                 slope_columns<T, A>};
 
 }  // namespace
 
