@@ -55,11 +55,14 @@ NK_INLINE TwoSums sum_piece(const Elements<A>& a, Center<A> center, int64_t e, i
       if constexpr (kDx != Dx::none) put(dx + start + i, dz * scale, m, streamed);
       return keep<kTail>(a, place + start + i, m, dz);
     };
-    const auto step = [&](int64_t i, Pack<A>* to) NK_INLINED {
+    const auto fetch_both = [&](int64_t i) NK_INLINED {
       if constexpr (kDx != Dx::none) {
         fetch_run(from + i, 0, Streamed());
         fetch_run(dfrom + i, 0, Streamed());
       }
+    };
+    const auto step = [&](int64_t i, Pack<A>* to) NK_INLINED {
+      fetch_both(i);
       const Pack<A> xs = load<A>(from + i);
       use(xs, dz_at(i, kLanes, xs, Streamed()), to);
     };
@@ -67,10 +70,7 @@ NK_INLINE TwoSums sum_piece(const Elements<A>& a, Center<A> center, int64_t e, i
         n - start < kBlock<A> ? n - start : kBlock<A>, sums,
         [&](int64_t i, Pack<A>* to, Pack<A>* other) NK_INLINED {
           if constexpr (kTail == Tail::none && (kDx == Dx::none || kPaired<T>)) {
-            if constexpr (kDx != Dx::none) {
-              fetch_run(from + i, 0, Streamed());
-              fetch_run(dfrom + i, 0, Streamed());
-            }
+            fetch_both(i);
             const Pair<A> xs = load_pair<A>(from + i), dz = load_pair<A>(dfrom + i);
             if constexpr (kDx != Dx::none) put_pair(dx + start + i, {dz.a * scale, dz.b * scale}, Streamed());
             use(xs.a, dz.a, to);
@@ -297,7 +297,7 @@ void sums_lines(const Elements<A>& elements, const Columns& c, Center<A> center,
   }
 }
 
-// Columns in pairs, an order in which bfloat16 needs the fewest instructions.
+// Strip by strip; of bfloat16 two packs of columns at a time, in the order of pairs. dx too, as kDx says.
 template <Tail kTail, Dx kDx, class T, class A>
 __attribute__((noinline)) void sums_strips(const Elements<A>& elements, const Columns& c, Center<A> center,
                                            BackwardSums s) {

@@ -368,7 +368,6 @@ __attribute__((noinline)) void slope_paired_columns(const Elements<A>& elements,
       });
     });
   }
-  if (a.stream) end_stream();
 }
 
 template <class T, class A>
